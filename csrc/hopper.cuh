@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// The hardware idioms that the kernel uses, under plain names. Instructions come from CUTLASS/CuTe
+// atoms; the layouts are those of the PTX ISA, chapters "wgmma" and "cp.async.bulk.tensor".
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+namespace mqa_sm90::hopper {
+
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+// Position in a ring of kStages buffers, each guarded by a barrier that flips phase every round.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int steps = 1) {
+    stage += steps;
+    if (stage >= kStages) {
+      stage -= kStages;
+      phase ^= 1;
+    }
+  }
+};
+
+// A wgmma operand in shared memory, K-major rows of 128 bytes as TMA's 128-byte swizzle leaves them:
+// a descriptor whose upper half is the same for all (groups of 8 rows are 1024 bytes apart).
+struct Operand {
+  uint32_t low;
+
+  __device__ explicit Operand(const void* smem) : low(cute::cast_smem_ptr_to_uint(smem) >> 4 | 1 << 16) {}
+
+  // `bytes` further on: 32 along K for the next step of an FP8 wgmma, 128 per row.
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
+    constexpr uint64_t kHigh = 1ull << 62 | static_cast<uint64_t>(1024 >> 4) << 32;  // swizzle 128 B, stride
+    return kHigh | (low + (bytes >> 4));
+  }
+};
+
+// d[64 x 64] (+)= a[64 x 32] b[64 x 32]^T in FP8 E4M3 with FP32 sums.
+// Thread t of the warpgroup has, for j in 0..7: d[4j], d[4j+1] = row 16 (t / 32) + t % 32 / 4,
+// columns 8j + 2 (t % 4) and the next; d[4j+2], d[4j+3] = the same columns 8 rows below.
+__device__ __forceinline__ void wgmma_64x64x32(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+  using Atom = cute::SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>;
+  const auto scale = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    Atom::fma(a, b, d[I]..., scale);
+  }(std::make_index_sequence<32>());
+}
+
+// Keeps the compiler from moving uses of registers across the asynchronous wgmma that owns them.
+template <typename T, int N>
+__device__ __forceinline__ void pin(T (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) cute::warpgroup_fence_operand(registers[i]);
+}
+
+}  // namespace mqa_sm90::hopper

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "launch.cuh"
+
+namespace mqa_sm90 {
+template cudaError_t launch_heads<32>(const LogitsParams&, cudaStream_t);
+}
