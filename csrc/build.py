@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds vllm_mqa_sm90/_C.abi3.so: the hatchling build hook, and by hand `python csrc/build.py`.
+
+Needs no GPU. The compiler's output, with each kernel's registers and spills, stays beside the
+objects in build/*.log. The environment variables read are CUDA_HOME, CXX and MAX_JOBS.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = Path("vllm_mqa_sm90", "_C.abi3.so")
+ARCH = "-gencode=arch=compute_90a,code=sm_90a"  # wgmma is in no other architecture: machine code alone, no PTX
+
+# PyTorch 2.13 and later need CUDA 13, and 13.0 is the oldest compiler whose machine code for these
+# kernels was checked (tests/test_build.py). The CUDA runtime is linked statically, so the compiler
+# need not be the one that PyTorch was built with.
+MIN_NVCC = (13, 0)
+MIN_TORCH = (2, 11)
+# Building against the oldest PyTorch yields a binary that every later one loads too.
+TORCH_REQUIREMENT = "torch==2.11.*"
+NVCC_REQUIREMENTS = tuple(
+    f"{name}==13.0.*"
+    for name in ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-nvvm")
+)
+# The parts of a CUDA toolkit that a build uses; as wheels they come from five packages.
+TOOLKIT_PARTS = ("bin/nvcc", "nvvm/bin/cicc", "include/crt/host_config.h", "include/cuda_runtime.h",
+                 "include/cccl/cuda/std/utility")  # fmt: skip
+
+
+def site_packages() -> list[Path]:
+    """Where installed packages may lie: the import path, then the running interpreter's own site.
+
+    pip isolates a build by the import path alone, so the second reaches the environment that the
+    wheel is built for, and what is there (gigabytes, with PyTorch) is not downloaded again.
+    """
+    return [Path(entry) for entry in dict.fromkeys([*sys.path, sysconfig.get_path("purelib")]) if entry]
+
+
+def find_torch() -> Path | None:
+    """The folder of a PyTorch that is recent enough, or None."""
+    for site in site_packages():
+        version = site / "torch" / "version.py"
+        found = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.is_file() else None
+        if found and tuple(map(int, found.groups())) >= MIN_TORCH:
+            return version.parent
+    return None
+
+
+def find_cutlass() -> Path | None:
+    """The include folder of CUTLASS in the `nvidia-cutlass` package, or None."""
+    for site in site_packages():
+        include = site / "cutlass_library" / "source" / "include"
+        if (include / "cute" / "tensor.hpp").is_file():
+            return include
+    return None
+
+
+def nvcc_version(nvcc: Path) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA compiler, None if it does not run."""
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def find_nvcc() -> tuple[Path | None, list[str]]:
+    """nvcc from CUDA_HOME, else PATH, else the `nvidia-cuda-nvcc` wheel; and what was passed over."""
+    candidates = []
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(Path(home, "bin", "nvcc"))
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    for site in site_packages():
+        toolkit = site / "nvidia" / "cu13"
+        if all((toolkit / part).is_file() for part in TOOLKIT_PARTS):
+            candidates.append(toolkit / "bin" / "nvcc")
+    rejected = []
+    for nvcc in candidates:
+        version = nvcc_version(nvcc)
+        if version is not None and version >= MIN_NVCC:
+            return nvcc, rejected
+        what = "does not run" if version is None else "is release {}.{}".format(*version)
+        rejected.append(f"{nvcc} {what}")
+    return None, rejected
+
+
+def require(found: object, what: str) -> None:
+    """Ends the build with one line if a requirement is missing."""
+    if not found:
+        sys.exit(f"vllm-mqa-sm90: cannot build: {what}")
+
+
+def write_ninja_file(path: Path, nvcc: Path, cxx: str, torch: Path, cutlass: Path) -> None:
+    """One rule for kernels, one for the bindings, one for the link; paths are relative to ROOT."""
+    build = path.parent.relative_to(ROOT)
+    common = [str(nvcc), "-ccbin", cxx, "-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
+              # nvcc of one release beside headers of another, as installations of wheels have it
+              "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"]  # fmt: skip
+    kernel = [*common, ARCH, "--expt-relaxed-constexpr",
+              "-Xptxas=-v,--warn-on-spills", "-isystem", str(cutlass)]  # fmt: skip
+    # TORCH_TARGET_VERSION keeps the binding to the stable ABI of 2.11; USE_CUDA declares its CUDA part.
+    target = f"0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}" + "0" * 12
+    binding = [*common, f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", "-isystem", str(torch / "include")]
+    # libtorch brings libtorch_cpu and, where PyTorch has CUDA, libtorch_cuda; the process has all of them loaded.
+    link = [str(nvcc), "-ccbin", cxx, "-shared", ARCH, "-cudart", "static", "-L", str(torch / "lib"),
+            "-L", str(nvcc.parent.parent / "lib"),  # the wheels' folder, which nvcc 13.0 does not look into
+            # libstdc++ first: libtorch_cpu exports some of its symbols too
+            "-Xlinker=--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"]  # fmt: skip
+
+    lines = [f"builddir = {build}"]
+    for rule, command in ("kernel", kernel), ("binding", binding):
+        # The log is kept beside the object; ninja shows it only if the compiler fails.
+        lines += [f"rule {rule}",
+                  f"  command = {shlex.join(command)} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+                  "|| (cat $out.log; exit 1)",
+                  "  depfile = $out.d", "  deps = gcc", f"  description = {rule} $in"]  # fmt: skip
+    lines += ["rule link", f"  command = {shlex.join(link)} $in -o $out", "  description = link $out"]
+    objects = []
+    for source in sorted((ROOT / "csrc").glob("*.cu")) + [ROOT / "csrc" / "ops.cpp"]:
+        objects.append(f"{build}/{source.stem}.o")
+        rule = "kernel" if source.suffix == ".cu" else "binding"
+        lines.append(f"build {objects[-1]}: {rule} {source.relative_to(ROOT)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def build() -> None:
+    """Compiles what changed; leaves LIBRARY in the source tree."""
+    torch, cutlass, cxx = find_torch(), find_cutlass(), shutil.which(os.environ.get("CXX", "g++"))
+    nvcc, rejected = find_nvcc()
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    require(nvcc, "found no nvcc of CUDA {}.{} or newer in CUDA_HOME, in PATH or as a wheel{}. Install the CUDA "
+            "toolkit, or `pip install {}`.".format(*MIN_NVCC, "".join(f"; {each}" for each in rejected),
+                                                   " ".join(f"'{each}'" for each in NVCC_REQUIREMENTS)))  # fmt: skip
+    require(torch, f"found no PyTorch of {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer. `pip install '{TORCH_REQUIREMENT}'`.")
+    require(cutlass, "found no CUTLASS headers. `pip install --no-deps nvidia-cutlass==4.2.0.0`.")
+    require(cxx, "found no C++ compiler. Install g++ (Debian, Ubuntu: `apt-get install g++`), or name one in CXX.")
+    require(ninja, "found no ninja. `pip install ninja`.")
+    print(f"vllm-mqa-sm90: nvcc {nvcc}, PyTorch {torch}", flush=True)
+
+    ninja_file = ROOT / "build" / "build.ninja"
+    write_ninja_file(ninja_file, nvcc, cxx, torch, cutlass)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    done = subprocess.run([ninja, "-C", str(ROOT), "-f", str(ninja_file), *jobs])
+    require(done.returncode == 0, "the compiler failed, see above.")
+
+
+class BuildHook(BuildHookInterface):
+    """Puts the compiled library into the wheel, or beside the sources of an editable install."""
+
+    def dependencies(self) -> list[str]:
+        """What an isolated build must install: only what find_torch and find_nvcc do not find."""
+        missing = [] if find_torch() else [TORCH_REQUIREMENT]
+        return missing + ([] if find_nvcc()[0] else list(NVCC_REQUIREMENTS))
+
+    def initialize(self, version: str, build_data: dict) -> None:
+        build()
+        # The stable ABI of PyTorch and no Python.h: one binary for every Python 3.
+        build_data["tag"] = "py3-none-" + re.sub(r"[-.]", "_", sysconfig.get_platform())
+        build_data["pure_python"] = False
+        build_data["artifacts"].append(str(LIBRARY))
+
+
+if __name__ == "__main__":
+    build()

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// The binding to PyTorch: argument checks, device, stream, launch, registration. Stable ABI only,
+// so that one binary serves PyTorch 2.11 and later.
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "params.h"
+#include "schedule.cuh"
+
+// Lives in libtorch_cuda. Weak, so that the library loads, with its CPU ops, under a PyTorch without CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
+
+namespace mqa_sm90 {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kScaleBytes = 4;  // one FP32 scale per cached token
+constexpr int kTokenBytes = kHeadDim + kScaleBytes;
+constexpr int kAlignment = 16;  // bytes, of every address that TMA or a vector access starts from
+
+// A tensor under the name by which the caller knows it.
+struct Argument {
+  const char* name;
+  const Tensor& tensor;
+};
+
+std::string list_of(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << ']';
+  return text.str();
+}
+
+// A dtype as torch prints it, for those that a caller is likely to hold.
+std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    default: return toString(dtype);
+  }
+}
+
+// What an error says was given.
+std::string dtype_of(const Tensor& tensor) { return "dtype " + name_of(tensor.scalar_type()); }
+std::string shape_of(const Tensor& tensor) { return "shape " + list_of(tensor.sizes()); }
+std::string strides_of(const Tensor& tensor) {
+  return "shape " + list_of(tensor.sizes()) + " with strides " + list_of(tensor.strides());
+}
+std::string address_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "address " << tensor.data_ptr();
+  return text.str();
+}
+std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cuda()) return "device cuda:" + std::to_string(tensor.get_device_index());
+  return tensor.is_cpu() ? "device cpu" : "a device that is neither cuda nor cpu";
+}
+
+template <typename... Expected>
+[[noreturn]] void fail(const char* argument, const std::string& given, const Expected&... expected) {
+  std::ostringstream text;
+  text << "vllm_mqa_sm90: " << argument << ": expected ";
+  (text << ... << expected);
+  text << ", given " << given;
+  throw std::runtime_error(text.str());
+}
+
+template <typename... Expected>
+void require(bool holds, const Argument& argument, std::string (*given)(const Tensor&), const Expected&... expected) {
+  if (!holds) fail(argument.name, given(argument.tensor), expected...);
+}
+
+template <typename... Expected>
+void require(bool holds, const char* argument, int64_t given, const Expected&... expected) {
+  if (!holds) fail(argument, std::to_string(given), expected...);
+}
+
+void require_dtype(const Argument& argument, ScalarType dtype) {
+  require(argument.tensor.scalar_type() == dtype, argument, dtype_of, "dtype ", name_of(dtype));
+}
+
+void require_contiguous(const Argument& argument) {
+  require(argument.tensor.is_contiguous(), argument, strides_of, "a contiguous tensor");
+}
+
+void require_aligned(const Argument& argument) {
+  require(reinterpret_cast<uintptr_t>(argument.tensor.data_ptr()) % kAlignment == 0, argument, address_of,
+          "an address that is a multiple of ", kAlignment, " bytes");
+}
+
+void require_same_device(const Argument& argument, const Argument& reference) {
+  const Tensor &tensor = argument.tensor, &other = reference.tensor;
+  require(tensor.is_cuda() == other.is_cuda() && tensor.is_cpu() == other.is_cpu() &&
+              tensor.get_device_index() == other.get_device_index(),
+          argument, device_of, device_of(other), ", as ", reference.name);
+}
+
+// What context_lens says of a step.
+struct Step {
+  int32_t groups, next_n;
+};
+
+// [groups, next_n], or [rows] of next_n 1.
+Step check_context_lens(const Argument& context_lens) {
+  const Tensor& tensor = context_lens.tensor;
+  require_dtype(context_lens, ScalarType::Int);
+  require(tensor.dim() == 1 || tensor.dim() == 2, context_lens, shape_of, "shape [B, next_n], or [T] for next_n 1");
+  const int64_t next_n = tensor.dim() == 2 ? tensor.size(1) : 1;
+  require(next_n >= 1 && next_n <= kMaxNextN, context_lens, shape_of, "next_n (the second dimension) from 1 to ",
+          kMaxNextN);
+  require(tensor.numel() <= std::numeric_limits<int32_t>::max(), context_lens, shape_of, "fewer than 2^31 rows");
+  require_contiguous(context_lens);
+  return {static_cast<int32_t>(tensor.size(0)), static_cast<int32_t>(next_n)};
+}
+
+void check_plan(const Argument& plan, const Argument& context_lens) {
+  require_same_device(plan, context_lens);
+  require_dtype(plan, ScalarType::Int);
+  require(plan.tensor.dim() == 2 && plan.tensor.size(0) >= 1 && plan.tensor.size(1) == kPlanColumns &&
+              plan.tensor.size(0) <= std::numeric_limits<int32_t>::max(),
+          plan, shape_of, "shape [CTAs, ", kPlanColumns, "] with at least one CTA");
+  require_contiguous(plan);
+  require_aligned(plan);
+}
+
+// Everything about a step's logits that does not need a GPU to be checked.
+LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
+                          const Tensor& block_table, const Tensor& plan, int64_t max_context_len, const Tensor& out) {
+  const Argument q_argument{"q", q}, kv_argument{"kv_cache", kv_cache}, weights_argument{"weights", weights},
+      lens_argument{"context_lens", context_lens}, table_argument{"block_table", block_table},
+      out_argument{"out", out};
+  const auto [groups, next_n] = check_context_lens(lens_argument);
+  const int64_t rows = int64_t{groups} * next_n;
+  for (const Argument& argument : {q_argument, kv_argument, weights_argument, table_argument, out_argument}) {
+    require_same_device(argument, lens_argument);
+  }
+  check_plan({"plan", plan}, lens_argument);
+
+  require_dtype(q_argument, ScalarType::Float8_e4m3fn);
+  require((q.dim() == 4 && q.size(0) == groups && q.size(1) == next_n) || (q.dim() == 3 && q.size(0) == rows),
+          q_argument, shape_of, "shape [", groups, ", ", next_n, ", H, ", kHeadDim, "] or [", rows, ", H, ", kHeadDim,
+          "], as context_lens of shape ", list_of(context_lens.sizes()), " says");
+  const int64_t heads = q.size(-2);
+  require(heads == 16 || heads == 32 || heads == 64, q_argument, shape_of,
+          "16, 32 or 64 heads (the last dimension but one)");
+  require(q.size(-1) == kHeadDim, q_argument, shape_of, "head dimension ", kHeadDim, " (the last dimension)");
+  require_contiguous(q_argument);
+  require_aligned(q_argument);
+
+  require_dtype(kv_argument, ScalarType::Byte);
+  require(kv_cache.dim() == 4 && kv_cache.size(0) >= 1 && kv_cache.size(2) == 1 && kv_cache.size(3) == kTokenBytes,
+          kv_argument, shape_of, "shape [pages, page, 1, ", kTokenBytes, "] with at least one page");
+  const int64_t page_size = kv_cache.size(1), page_stride = kv_cache.stride(0);
+  require(page_size == 32 || page_size == 64, kv_argument, shape_of, "pages of 32 or 64 tokens (the second dimension)");
+  require(kv_cache.stride(3) == 1 && kv_cache.stride(1) == kTokenBytes, kv_argument, strides_of,
+          "pages dense inside: strides [any, ", kTokenBytes, ", any, 1]");
+  require(page_stride >= page_size * kTokenBytes && page_stride % kAlignment == 0, kv_argument, strides_of,
+          "a page stride (the first) that is a multiple of ", kAlignment, " bytes and at least ",
+          page_size * kTokenBytes);
+  require_aligned(kv_argument);
+
+  require_dtype(weights_argument, ScalarType::Float);
+  require(weights.dim() == 2 && weights.size(0) == rows && weights.size(1) == heads, weights_argument, shape_of,
+          "shape [", rows, ", ", heads, "]");
+  require_contiguous(weights_argument);
+  require_aligned(weights_argument);
+
+  require(max_context_len >= 0 && max_context_len <= std::numeric_limits<int32_t>::max(), "max_context_len",
+          max_context_len, "0 to 2^31 - 1 tokens");
+
+  require_dtype(table_argument, ScalarType::Int);
+  require(block_table.dim() == 2 && block_table.size(0) >= groups, table_argument, shape_of,
+          "shape [R, pages] with R >= ", groups, ", a row for each request of context_lens");
+  require(block_table.size(1) > 0 || max_context_len == 0 || groups == 0, table_argument, shape_of,
+          "at least one column, as max_context_len is ", max_context_len);
+  require(block_table.size(1) <= std::numeric_limits<int32_t>::max(), table_argument, shape_of,
+          "fewer than 2^31 columns");
+  require(block_table.size(1) <= 1 || block_table.stride(1) == 1, table_argument, strides_of, "a last stride of 1");
+
+  require_dtype(out_argument, ScalarType::Float);
+  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == max_context_len, out_argument, shape_of, "shape [",
+          rows, ", ", max_context_len, "]");
+  require(max_context_len <= 1 || out.stride(1) == 1, out_argument, strides_of, "a last stride of 1");
+  require(rows <= 1 || out.stride(0) >= max_context_len, out_argument, strides_of, "rows that do not overlap");
+
+  LogitsParams params{};
+  params.groups = groups;
+  params.next_n = next_n;
+  params.heads = static_cast<int32_t>(heads);
+  params.page_size = static_cast<int32_t>(page_size);
+  params.num_pages = kv_cache.size(0);
+  params.page_stride = page_stride;
+  params.block_table_width = static_cast<int32_t>(block_table.size(1));
+  params.block_table_stride = block_table.stride(0);
+  params.max_context_len = static_cast<int32_t>(max_context_len);
+  params.logits_stride = out.stride(0);
+  params.num_ctas = static_cast<int32_t>(plan.size(0));
+  return params;
+}
+
+void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("vllm_mqa_sm90: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// The machine code is for compute capability 9.0 alone.
+void require_sm90(int32_t device) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+  if (major == 9 && minor == 0) return;
+  fail("device", "cuda:" + std::to_string(device) + " of " + std::to_string(major) + "." + std::to_string(minor),
+       "a GPU of compute capability 9.0 (H100, H200, GH200)");
+}
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+Step check_plan_call(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
+  const Argument lens_argument{"context_lens", context_lens};
+  const Step step = check_context_lens(lens_argument);
+  require(next_n == step.next_n, "next_n", next_n, step.next_n, ", as context_lens says");
+  check_plan({"out", out}, lens_argument);
+  return step;
+}
+
+void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
+  const Step step = check_plan_call(context_lens, next_n, out);
+  const int32_t device = context_lens.get_device_index();
+  require_sm90(device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(launch_plan(data<int32_t>(context_lens), step.groups, step.next_n, data<int32_t>(out),
+                         static_cast<int32_t>(out.size(0)), current_stream(device)),
+             "launch of the plan kernel");
+}
+
+void plan_cpu(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
+  const Step step = check_plan_call(context_lens, next_n, out);
+  plan_on_host(data<int32_t>(context_lens), step.groups, step.next_n, data<int32_t>(out),
+               static_cast<int32_t>(out.size(0)));
+}
+
+void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
+                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len, const Tensor& out) {
+  LogitsParams params = check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out);
+  const int32_t device = q.get_device_index();
+  require_sm90(device);
+  if (params.groups == 0 || params.max_context_len == 0) return;
+  params.q = q.data_ptr();
+  params.kv_cache = data<uint8_t>(kv_cache);
+  params.weights = data<float>(weights);
+  params.context_lens = data<int32_t>(context_lens);
+  params.block_table = data<int32_t>(block_table);
+  params.plan = data<int32_t>(plan);
+  params.logits = data<float>(out);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(launch_logits(params, current_stream(device)), "launch of the logits kernel");
+}
+
+// CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
+void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
+                const Tensor& block_table, const Tensor& plan, int64_t max_context_len, const Tensor& out) {
+  check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out);
+  fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
+}
+
+std::vector<int64_t> launch_counts(int64_t device) {
+  require(device >= 0 && device <= std::numeric_limits<int32_t>::max(), "device", device, "the index of a CUDA device");
+  require_sm90(static_cast<int32_t>(device));
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  unsigned long long counts[kMaxNextN + 1] = {};
+  check_cuda(read_launch_counts(counts), "reading the launch counts");
+  return {counts, counts + kMaxNextN + 1};
+}
+
+// The tiles that the kernel's walk over `plan` visits, as rows (CTA, group, tile) of `out`, which
+// has one row for each.
+void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
+  const Argument plan_argument{"plan", plan}, lens_argument{"context_lens", context_lens}, out_argument{"out", out};
+  const Step step = check_context_lens(lens_argument);
+  check_plan(plan_argument, lens_argument);
+  require_same_device(out_argument, lens_argument);
+  require_dtype(out_argument, ScalarType::Int);
+  require_contiguous(out_argument);
+
+  const auto* rows = data<const PlanRow>(plan);
+  const auto* lens = data<const int32_t>(context_lens);
+  std::vector<int32_t> visits;
+  for (int32_t cta = 0; cta < plan.size(0); ++cta) {
+    const PlanRow& row = rows[cta];
+    require(row.group >= 0 && row.tile >= 0 && row.num_tiles >= 0, "plan", cta, "no negative number in any row");
+    for (Walk walk(row, step.groups); !walk.done();) {
+      const Segment segment = walk.next(tiles_of_group(lens + int64_t{walk.group} * step.next_n, step.next_n));
+      for (int32_t i = 0; i < segment.num_tiles; ++i) {
+        visits.insert(visits.end(), {cta, segment.group, segment.first_tile + i});
+      }
+    }
+  }
+  require(out.dim() == 2 && out.size(1) == 3 && out.numel() == static_cast<int64_t>(visits.size()), out_argument,
+          shape_of, "shape [", visits.size() / 3, ", 3], a row for each tile that the plan visits");
+  std::copy(visits.begin(), visits.end(), data<int32_t>(out));
+}
+
+}  // namespace
+}  // namespace mqa_sm90
+
+STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
+  library.def("plan(Tensor context_lens, int next_n, Tensor(a!) out) -> ()");
+  library.def(
+      "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
+      "Tensor plan, int max_context_len, Tensor(a!) out) -> ()");
+  library.def("launch_counts(int device) -> int[]");
+  library.def("walk(Tensor plan, Tensor context_lens, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CUDA, library) {
+  library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cuda));
+  library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CPU, library) {
+  library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cpu));
+  library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cpu));
+  library.impl("walk", TORCH_BOX(&mqa_sm90::walk));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CompositeExplicitAutograd, library) {
+  library.impl("launch_counts", TORCH_BOX(&mqa_sm90::launch_counts));
+}
