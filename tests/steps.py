@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random decode steps for tests, built on the device that they run on."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import HEAD_DIM, reference
+
+TOKEN_BYTES = HEAD_DIM + 4
+NAN_BYTE = 0xFF  # NaN as FP8 E4M3, and four of them as FP32
+STALE_IDS = (-1, -(2**31), 2**31 - 1)  # never to be dereferenced
+
+
+@dataclasses.dataclass
+class Step:
+    """The arguments of one call, but the plan."""
+
+    q: torch.Tensor
+    kv_cache: torch.Tensor
+    weights: torch.Tensor
+    context_lens: torch.Tensor
+    block_table: torch.Tensor
+    max_context_len: int
+
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        return self.q, self.kv_cache, self.weights, self.context_lens, self.block_table
+
+    def run(self, *, num_sms: int | None = None, **options) -> torch.Tensor:
+        plan = vllm_mqa_sm90.plan(self.context_lens, num_sms=num_sms)
+        return vllm_mqa_sm90.paged_mqa_logits(*self.inputs(), plan, max_context_len=self.max_context_len, **options)
+
+    def reference(self) -> torch.Tensor:
+        return reference.paged_mqa_logits(*self.inputs(), max_context_len=self.max_context_len)
+
+
+def random_pages(num_pages: int, page: int, *, gap: int = 0, device: str = "cpu") -> torch.Tensor:
+    """A cache `[num_pages, page, 1, 132]` whose pages lie `gap` bytes of NaN further apart than dense."""
+    page_bytes = page * TOKEN_BYTES
+    storage = torch.full((num_pages, page_bytes + gap), NAN_BYTE, dtype=torch.uint8, device=device)
+    keys = torch.randn(num_pages, page * HEAD_DIM, device=device).to(torch.float8_e4m3fn)
+    scales = torch.rand(num_pages, page, device=device) + 0.5
+    storage[:, : page * HEAD_DIM] = keys.view(torch.uint8)
+    storage[:, page * HEAD_DIM : page_bytes] = scales.view(torch.uint8)
+    return storage[:, :page_bytes].unflatten(1, (page, 1, TOKEN_BYTES))
+
+
+def random_step(
+    context_lens: Sequence[Sequence[int]],
+    *,
+    heads: int = 64,
+    page: int = 64,
+    num_pages: int | None = None,
+    gap: int = 0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Step:
+    """A step with the given lengths, one inner sequence for each request.
+
+    Every request has pages of its own in shuffled order, and what follows its context in its last
+    page is NaN; with `num_pages` requests draw from that many shared pages instead. The block
+    table's entries past each context are stale ids.
+    """
+    torch.manual_seed(seed)
+    lens = torch.tensor(context_lens, dtype=torch.int32, device=device)
+    groups, next_n = lens.shape
+    longest = lens.amax(dim=1).clamp(min=0).long()
+    needed = -(-longest // page)
+    width = max(int(needed.max()), 1) + 1
+    columns = torch.arange(width, device=device)
+    used = columns < needed.unsqueeze(1)
+    stale = torch.tensor(STALE_IDS, dtype=torch.int32, device=device)
+    block_table = stale[torch.randint(len(STALE_IDS), (groups, width), device=device)]
+    if num_pages is None:
+        total = int(needed.sum())
+        kv_cache = random_pages(total + 1, page, gap=gap, device=device)
+        block_table[used] = torch.randperm(total + 1, device=device)[:total].int()
+        for group in torch.nonzero(longest % page).flatten().tolist():
+            tail = int(longest[group]) % page
+            last = kv_cache[block_table[group, needed[group] - 1].long()].view(-1)
+            last[tail * HEAD_DIM : page * HEAD_DIM] = NAN_BYTE
+            last[page * HEAD_DIM + tail * 4 :] = NAN_BYTE
+    else:
+        kv_cache = random_pages(num_pages, page, gap=gap, device=device)
+        block_table[used] = torch.randint(num_pages, (int(used.sum()),), dtype=torch.int32, device=device)
+    return Step(
+        q=torch.randn(groups, next_n, heads, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+        kv_cache=kv_cache,
+        weights=torch.randn(groups * next_n, heads, device=device),
+        context_lens=lens,
+        block_table=block_table,
+        max_context_len=max(int(longest.max()), 1),
+    )

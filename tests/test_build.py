@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was built: its machine code, the symbols that it needs, and what the build says when it can't."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from vllm_mqa_sm90 import HEADS, MAX_NEXT_N, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = [(heads, next_n) for heads in HEADS for next_n in range(1, MAX_NEXT_N + 1)]
+# At the launch, per thread of one CTA of 512 on an SM; warpgroups then trade them (setmaxnreg).
+LAUNCH_REGISTERS = 65536 // 512
+
+
+def tool(name: str) -> str:
+    """A CUDA binary tool from PATH or from its wheel."""
+    sites = [*sys.path, sysconfig.get_path("purelib")]
+    found = shutil.which(name) or shutil.which(name, path=":".join(f"{site}/nvidia/cu13/bin" for site in sites))
+    assert found, f"no {name}: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    return found
+
+
+def output_of(*command: object, **options: object) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, **options).stdout
+
+
+def cuobjdump(*arguments: str) -> str:
+    # cuobjdump looks for nvdisasm in PATH.
+    path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ["PATH"]])
+    return output_of(tool("cuobjdump"), *arguments, ops._LIBRARY, env={**os.environ, "PATH": path})
+
+
+def by_kernel(text: str, heading: str) -> dict[str, str]:
+    """What follows each kernel's heading."""
+    parts = re.split(heading, text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def variant_of(kernel: str) -> tuple[int, int] | None:
+    found = re.search(r"paged_mqa_logits_kernel.*ConfigILi(\d+)ELi(\d+)E", kernel)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+@pytest.fixture(scope="module")
+def sass() -> dict[str, str]:
+    return by_kernel(cuobjdump("--dump-sass"), r"Function : (\S+)")
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[str, dict[str, int]]:
+    found = by_kernel(cuobjdump("--dump-resource-usage"), r"Function (\S+?):")
+    return {
+        kernel: {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        for kernel, text in found.items()
+    }
+
+
+def test_every_variant_and_the_plan_are_there(sass: dict[str, str]) -> None:
+    assert sorted(filter(None, map(variant_of, sass))) == sorted(VARIANTS)
+    assert sum("plan_kernel" in kernel for kernel in sass) == 1
+
+
+def test_scores_are_computed_by_fp8_warpgroup_mma(sass: dict[str, str]) -> None:
+    for kernel, code in sass.items():
+        assert ("QGMMA" in code) == (variant_of(kernel) is not None), kernel
+
+
+def test_no_kernel_touches_local_memory(sass: dict[str, str], resources: dict[str, dict[str, int]]) -> None:
+    for kernel, code in sass.items():
+        assert not re.findall(r"\b(?:STL|LDL)\b.*", code), kernel
+    for kernel, used in resources.items():
+        assert used["STACK"] == used["LOCAL"] == 0, kernel
+
+
+def test_registers_fit_an_sm(sass: dict[str, str], resources: dict[str, dict[str, int]]) -> None:
+    for kernel, used in resources.items():
+        if variant_of(kernel):
+            assert used["REG"] <= LAUNCH_REGISTERS, kernel
+            assert "USETMAXREG" in sass[kernel], kernel
+
+
+def test_machine_code_is_for_sm_90a_alone() -> None:
+    assert set(re.findall(r"arch = (\S+)", cuobjdump("--dump-resource-usage"))) == {"sm_90a"}
+    assert "Fatbin ptx code" not in cuobjdump("--list-ptx", "--list-elf")
+
+
+def test_needs_only_the_stable_abi() -> None:
+    """Every symbol that no libc or libstdc++ has is of PyTorch's stable C interface; no CUDA library is needed."""
+    undefined = [line.split()[-1] for line in output_of("nm", "-D", "--undefined-only", ops._LIBRARY).splitlines()]
+    foreign = [name for name in undefined if "@" not in name and not name.startswith(("_ITM_", "__gmon_start__"))]
+    assert foreign
+    assert [name for name in foreign if not re.match(r"(aoti_torch|torch)_", name)] == []
+    needed = re.findall(r"NEEDED.*\[(.*?)\]", output_of("readelf", "-d", ops._LIBRARY))
+    allowed = r"lib(torch|torch_cpu|stdc\+\+|m|gcc_s|c|pthread|dl|rt)\.so.*|ld-linux.*"
+    assert [name for name in needed if not re.fullmatch(allowed, name)] == []
+
+
+def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """csrc/build.py in a copy of the sources, in an interpreter that sees only a stand-in for hatchling."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "vllm_mqa_sm90").mkdir()
+    interface = tmp_path / "site" / "hatchling" / "builders" / "hooks" / "plugin" / "interface.py"
+    interface.parent.mkdir(parents=True)
+    interface.write_text("class BuildHookInterface: pass\n")
+    program = (
+        "import runpy, sysconfig; sysconfig.get_path = lambda *_: 'nowhere';"
+        "runpy.run_path('csrc/build.py', run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": str(tmp_path), **environment},
+    )  # fmt: skip
+
+
+def test_no_nvcc_is_one_error_that_says_what_to_install(tmp_path: Path) -> None:
+    done = run_build(tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "found no nvcc of CUDA 13.0 or newer in CUDA_HOME, in PATH or as a wheel." in line
+    assert "pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-runtime==13.0.*'" in line
+
+
+def test_an_old_nvcc_is_passed_over_by_name(tmp_path: Path) -> None:
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    done = run_build(tmp_path, CUDA_HOME=str(tmp_path / "cuda"))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"{nvcc} is release 12.4" in line

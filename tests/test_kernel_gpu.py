@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel on a GPU, against the FP32 oracle and against itself."""
+
+import itertools
+
+import pytest
+import torch
+from steps import Step, random_pages, random_step
+
+import vllm_mqa_sm90
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 2e-4  # relative, in norm: the tensor core's own FP8 accumulation takes 1.3e-4 to 1.7e-4 of it
+TILE = 64
+EDGES = [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 1000, 4095, 4096, 4097]
+POISON = float("nan")
+
+
+def rows_of(lengths: list[int], next_n: int) -> list[list[int]]:
+    """Groups as decode has them: a request's rows see one token more each."""
+    return [[length - next_n + 1 + row if length else 0 for row in range(next_n)] for length in lengths]
+
+
+def poisoned(step: Step) -> torch.Tensor:
+    return torch.full((step.context_lens.numel(), step.max_context_len), POISON, device="cuda")
+
+
+def assert_accurate(given: torch.Tensor, step: Step) -> None:
+    """Every logit within a context is right; one wrong logit in 10^7 fails the second bound."""
+    expected = step.reference()
+    valid = expected > -torch.inf
+    expected, given = expected[valid].double(), given[valid].double()
+    if not len(expected):
+        return
+    error = (given - expected).abs()
+    norm = expected.norm()
+    # A handful of logits may happen to be small sums of large terms, and say little about the norm.
+    assert float(error.norm() / norm) <= (TOLERANCE if len(expected) >= 1000 else 5 * TOLERANCE)
+    assert float(error.max()) <= 1e-2 * float(norm) / len(expected) ** 0.5
+
+
+@pytest.mark.parametrize("page", [32, 64])
+@pytest.mark.parametrize("heads", [16, 32, 64])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_accuracy(next_n: int, heads: int, page: int) -> None:
+    """Every variant: edge lengths, padding rows, shuffled pages with gaps, stale ids, NaN past contexts."""
+    lengths = [*EDGES, -3, 20000]
+    step = random_step(rows_of(lengths, next_n), heads=heads, page=page, gap=16 * 33, device="cuda")
+    assert_accurate(step.run(out=poisoned(step)), step)
+
+
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_rows_of_one_group_with_unrelated_lengths(next_n: int) -> None:
+    pool = [0, 700, 1, -1, 64, 65, 3000, 2]
+    lens = [list(rows) for rows in itertools.islice(itertools.product(pool, repeat=next_n), 600)]
+    step = random_step(lens, num_pages=200, device="cuda")
+    assert_accurate(step.run(out=poisoned(step)), step)
+
+
+@pytest.mark.parametrize("next_n", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 131, 132, 133, 256, 1024, 4096])
+def test_batches(batch: int, next_n: int) -> None:
+    torch.manual_seed(batch)
+    lengths = torch.randint(0, 1500, (batch,)).tolist()
+    step = random_step(rows_of(lengths, next_n), num_pages=2000, device="cuda")
+    assert_accurate(step.run(out=poisoned(step)), step)
+
+
+@pytest.mark.parametrize("page", [32, 64])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_long_contexts(next_n: int, page: int) -> None:
+    step = random_step(rows_of([131072, 5, 131071, 65536], next_n), page=page, device="cuda")
+    assert_accurate(step.run(out=poisoned(step)), step)
+
+
+def test_cache_past_4_gib() -> None:
+    """Page offsets and output offsets that do not fit in 32 bits."""
+    pages, stride = 9, 1 << 29
+    storage = torch.empty((pages - 1) * stride + 64 * 132, dtype=torch.uint8, device="cuda")
+    step = random_step(rows_of([pages * 64], 3), device="cuda")
+    far = storage.as_strided((pages, 64, 1, 132), (stride, 132, 132, 1))
+    far.copy_(random_pages(pages, 64, device="cuda"))
+    step.kv_cache = far
+    step.block_table[0, :pages] = torch.arange(pages - 1, -1, -1, device="cuda")
+    rows_apart = (1 << 30) + 64
+    out = torch.empty(2 * rows_apart + step.max_context_len, device="cuda")
+    out = out.as_strided((3, step.max_context_len), (rows_apart, 1)).fill_(POISON)
+    assert_accurate(step.run(out=out), step)
+
+
+def test_block_table_with_row_stride_and_spare_rows() -> None:
+    step = random_step(rows_of([300, 65, 1], 2), device="cuda")
+    wide = torch.full((5, 40), -1, dtype=torch.int32, device="cuda")
+    wide[:3, : step.block_table.shape[1]] = step.block_table
+    step.block_table = wide[:, :30]
+    assert_accurate(step.run(out=poisoned(step)), step)
+
+
+def test_max_context_len_cuts_rows() -> None:
+    step = random_step(rows_of([300, 100], 3), device="cuda")
+    step.max_context_len = 130
+    storage = torch.full((6, 192), POISON, device="cuda")
+    assert_accurate(step.run(out=storage[:, :130]), step)
+    assert storage[:, 130:].isnan().all()
+
+
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_nothing_outside_the_rows_tiles_is_written(next_n: int) -> None:
+    step = random_step(rows_of([*EDGES, -7], next_n), num_pages=100, device="cuda")
+    rows, columns = step.context_lens.numel(), step.max_context_len
+    guard = 512
+    storage = torch.full((rows + 2, columns + guard), POISON, device="cuda")
+    step.run(out=storage[1:-1, :columns])
+    tiles_end = -(-step.context_lens.view(-1, 1).clamp(min=0) // TILE) * TILE
+    outside = torch.arange(columns + guard, device="cuda") >= tiles_end
+    assert storage[1:-1][outside].isnan().all()
+    assert storage[0].isnan().all() and storage[-1].isnan().all()
+
+
+def test_inputs_are_left_alone() -> None:
+    step = random_step(rows_of(EDGES, 3), device="cuda")
+    plan = vllm_mqa_sm90.plan(step.context_lens)
+    tensors = [t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (*step.inputs(), plan)]
+    before = [t.clone() for t in tensors]
+    vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len)
+    assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_a_rows_bits_depend_on_the_row_alone(heads: int) -> None:
+    """The same rows, grouped by 1 to 4, alone or in a crowd, over few or many SMs."""
+    requests = 5
+    lens = [[1 + 997 * request + 64 * row for row in range(12)] for request in range(requests)]
+    whole = random_step([[max(rows)] for rows in lens], heads=heads, device="cuda")
+    q = torch.randn(requests * 12, heads, 128, device="cuda").to(torch.float8_e4m3fn)
+    weights = torch.randn(requests * 12, heads, device="cuda")
+
+    def bits(next_n: int, num_sms: int | None, keep: int = requests) -> torch.Tensor:
+        groups = keep * 12 // next_n
+        step = Step(
+            q=q[: keep * 12].view(groups, next_n, heads, 128),
+            kv_cache=whole.kv_cache,
+            weights=weights[: keep * 12],
+            context_lens=torch.tensor(lens[:keep], dtype=torch.int32, device="cuda").view(groups, next_n),
+            block_table=whole.block_table[:keep].repeat_interleave(12 // next_n, dim=0),
+            max_context_len=whole.max_context_len,
+        )
+        return step.run(num_sms=num_sms, clean_logits=True)
+
+    expected = bits(1, None)
+    for next_n in 1, 2, 3, 4:
+        for num_sms in None, 1, 2, 77, 1000:
+            assert torch.equal(bits(next_n, num_sms), expected), (next_n, num_sms)
+        for keep in range(1, requests):
+            assert torch.equal(bits(next_n, None, keep), expected[: keep * 12]), (next_n, keep)
+
+
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_graph_replay_with_changing_lengths(next_n: int) -> None:
+    """One capture of plan and logits; lengths, pages, queries and counts change between replays."""
+    batch, longest = 16, 3000
+    step = random_step(rows_of([longest] * batch, next_n), num_pages=500, device="cuda")
+    plan = torch.empty(vllm_mqa_sm90.plan_shape(132), dtype=torch.int32, device="cuda")
+    out = poisoned(step)
+
+    def run() -> None:
+        vllm_mqa_sm90.plan(step.context_lens, out=plan)
+        vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len, out=out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    before = vllm_mqa_sm90.launch_counts()
+    for high in 1, 64, 65, 500, longest, longest:
+        lengths = torch.randint(0, high + 1, (batch,)).tolist()
+        fresh = random_step(rows_of(lengths, next_n), num_pages=500, device="cuda", seed=high)
+        width = fresh.block_table.shape[1]
+        step.q.copy_(fresh.q)
+        step.weights.copy_(fresh.weights)
+        step.context_lens.copy_(fresh.context_lens)
+        step.block_table.fill_(-1)
+        step.block_table[:, :width] = fresh.block_table
+        out.fill_(POISON)
+        graph.replay()
+        assert_accurate(out, step)
+    torch.cuda.synchronize()
+    after = vllm_mqa_sm90.launch_counts()
+    assert after == {n: before[n] + (6 if n == next_n else 0) for n in before}
+
+
+def test_a_plan_serves_many_layers() -> None:
+    step = random_step(rows_of(EDGES, 3), device="cuda")
+    plan = vllm_mqa_sm90.plan(step.context_lens)
+    for _ in range(3):
+        step.q = torch.randn(step.q.shape, device="cuda").to(torch.float8_e4m3fn)
+        out = poisoned(step)
+        vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len, out=out)
+        assert_accurate(out, step)
+
+
+def test_current_stream_is_used() -> None:
+    """Work that another stream must wait for comes first on the stream that is current."""
+    step = random_step(rows_of([4096] * 64, 3), num_pages=500, device="cuda")
+    expected = step.run(clean_logits=True)
+    lens = step.context_lens.clone()
+    step.context_lens.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(50_000_000)
+        step.context_lens.copy_(lens)
+        given = step.run(clean_logits=True)
+    torch.cuda.synchronize()
+    assert torch.equal(given, expected)
+
+
+def test_repeated_runs_are_identical() -> None:
+    step = random_step(rows_of([2000] * 100 + EDGES, 3), num_pages=500, device="cuda")
+    expected = step.run(clean_logits=True)
+    assert all(torch.equal(step.run(clean_logits=True), expected) for _ in range(200))
+
+
+def test_clean_logits_and_allocated_output() -> None:
+    step = random_step(rows_of([130, 0, 65], 3), device="cuda")
+    out = step.run(clean_logits=True)
+    assert out.shape == (9, 130) and out.stride() == (192, 1)
+    assert torch.equal(out == -torch.inf, step.reference() == -torch.inf)
+
+
+def test_empty_steps_are_no_ops() -> None:
+    before = vllm_mqa_sm90.launch_counts()
+    step = random_step([[100, 101]], device="cuda")
+    step.q, step.weights, step.context_lens = step.q[:0], step.weights[:0], step.context_lens[:0]
+    assert step.run().shape == (0, 101)
+    step = random_step([[100, 101]], device="cuda")
+    step.max_context_len = 0
+    assert step.run().shape == (2, 0)
+    torch.cuda.synchronize()
+    assert vllm_mqa_sm90.launch_counts() == before
+
+
+def test_steps_of_padding_rows_write_nothing() -> None:
+    step = random_step([[0, -1], [-(2**31), 0]], device="cuda")
+    step.max_context_len = 200
+    assert step.run(out=poisoned(step)).isnan().all()
+
+
+def test_compile() -> None:
+    step = random_step(rows_of([500, 64, 1], 3), device="cuda")
+
+    def call(*inputs: torch.Tensor) -> torch.Tensor:
+        plan = vllm_mqa_sm90.plan(inputs[3])
+        return vllm_mqa_sm90.paged_mqa_logits(*inputs, plan, max_context_len=500, clean_logits=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*step.inputs()), call(*step.inputs()))

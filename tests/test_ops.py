@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Misuse: every error names the argument, what was expected and what was given.
+
+CPU tensors pass through the same checks as CUDA tensors before the op refuses them, so all but the
+checks of devices run without a GPU.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from steps import random_step
+
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import ops
+
+Arguments = dict[str, object]
+
+
+def valid_arguments(device: str = "cpu") -> Arguments:
+    """Three requests of two rows, 32 heads, pages of 64."""
+    step = random_step([[70, 71], [5, 6], [0, 130]], heads=32, device=device)
+    return {
+        "q": step.q,
+        "kv_cache": step.kv_cache,
+        "weights": step.weights,
+        "context_lens": step.context_lens,
+        "block_table": step.block_table,
+        "plan": vllm_mqa_sm90.plan(step.context_lens, num_sms=4),
+        "max_context_len": 130,
+        "out": torch.empty(6, 130, device=device),
+    }
+
+
+def change(name: str, function: Callable) -> Callable[[Arguments], Arguments]:
+    return lambda arguments: {**arguments, name: function(arguments[name])}
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element further on in memory."""
+    storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return storage[1:].view(tensor.shape).copy_(tensor)
+
+
+def cache_of(page: int, stride: int, pages: int = 4) -> torch.Tensor:
+    return torch.zeros(pages * stride + page * 132, dtype=torch.uint8).as_strided(
+        (pages, page, 1, 132), (stride, 132, 132, 1)
+    )
+
+
+def head_count(heads: int) -> Callable[[Arguments], Arguments]:
+    return lambda arguments: {
+        **arguments,
+        "q": torch.zeros(3, 2, heads, 128, dtype=torch.float8_e4m3fn),
+        "weights": torch.zeros(6, heads),
+    }
+
+
+def next_n(rows: int) -> Callable[[Arguments], Arguments]:
+    return change("context_lens", lambda _: torch.zeros(3, rows, dtype=torch.int32))
+
+
+# (what is wrong, the change that makes it so, what the error must say)
+MISUSES = [
+    ("q dtype", change("q", lambda t: t.bfloat16()), "q: expected dtype float8_e4m3fn, given dtype bfloat16"),
+    ("q rows", change("q", lambda t: t[:2]), r"q: expected shape \[3, 2, H, 128\] .*given shape \[2, 2, 32, 128\]"),
+    ("q groups", change("q", lambda t: t.view(2, 3, 32, 128)), r"q: expected shape .*given shape \[2, 3, 32, 128\]"),
+    ("q dims", change("q", lambda t: t.view(6, -1)), r"q: expected shape .*given shape \[6, 4096\]"),
+    ("q head dim", change("q", lambda t: t.view(3, 2, 64, 64)), r"q: expected head dimension 128 .*64, 64\]"),
+    ("q strides", change("q", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)), "q: expected a contiguous"),
+    ("q address", change("q", misaligned), "q: expected an address that is a multiple of 16 bytes, given address 0x"),
+    ("8 heads", head_count(8), r"q: expected 16, 32 or 64 heads .*given shape \[3, 2, 8, 128\]"),
+    ("128 heads", head_count(128), r"q: expected 16, 32 or 64 heads .*given shape \[3, 2, 128, 128\]"),
+    ("kv dtype", change("kv_cache", lambda t: t.view(torch.int8)), "kv_cache: expected dtype uint8, given dtype Char"),
+    ("kv dims", change("kv_cache", lambda t: t.squeeze(2)), r"kv_cache: expected shape \[pages, page, 1, 132\]"),
+    (
+        "kv token",
+        change("kv_cache", lambda t: t[..., :128]),
+        r"kv_cache: expected shape .*given shape \[\d+, 64, 1, 128",
+    ),
+    ("no pages", change("kv_cache", lambda t: t[:0]), r"kv_cache: expected .*at least one page, given shape \[0, 64"),
+    ("page 16", change("kv_cache", lambda _: cache_of(16, 16 * 132)), "kv_cache: expected pages of 32 or 64 tokens"),
+    ("page 128", change("kv_cache", lambda _: cache_of(128, 128 * 132)), "kv_cache: expected pages of 32 or 64 tokens"),
+    ("loose page", change("kv_cache", lambda t: t.repeat(1, 2, 1, 1)[:, ::2]), "kv_cache: expected pages dense inside"),
+    (
+        "page stride",
+        change("kv_cache", lambda _: cache_of(64, 8448 + 8)),
+        r"kv_cache: expected a page stride .*\[8456, ",
+    ),
+    ("overlap", change("kv_cache", lambda _: cache_of(64, 8432)), r"kv_cache: expected a page stride .*at least 8448"),
+    ("kv address", change("kv_cache", misaligned), "kv_cache: expected an address that is a multiple of 16"),
+    ("weights dtype", change("weights", lambda t: t.half()), "weights: expected dtype float32, given dtype float16"),
+    ("weights rows", change("weights", lambda t: t[:5]), r"weights: expected shape \[6, 32\], given shape \[5, 32\]"),
+    (
+        "weights heads",
+        change("weights", lambda t: t[:, :16]),
+        r"weights: expected shape \[6, 32\], given shape \[6, 16",
+    ),
+    ("weights strides", change("weights", lambda t: t.t().contiguous().t()), "weights: expected a contiguous tensor"),
+    ("weights address", change("weights", misaligned), "weights: expected an address that is a multiple of 16"),
+    ("lens dtype", change("context_lens", lambda t: t.long()), "context_lens: expected dtype int32, given dtype int64"),
+    ("lens dims", change("context_lens", lambda t: t.view(3, 2, 1)), r"context_lens: expected shape \[B, next_n\]"),
+    ("lens strides", change("context_lens", lambda t: t.t().contiguous().t()), "context_lens: expected a contiguous"),
+    ("next_n 0", next_n(0), r"context_lens: expected next_n .* from 1 to 4, given shape \[3, 0\]"),
+    ("next_n 5", next_n(5), r"context_lens: expected next_n .* from 1 to 4, given shape \[3, 5\]"),
+    ("table dtype", change("block_table", lambda t: t.long()), "block_table: expected dtype int32, given dtype int64"),
+    (
+        "table dims",
+        change("block_table", lambda t: t.flatten()),
+        r"block_table: expected shape \[R, pages\] with R >= 3",
+    ),
+    ("table rows", change("block_table", lambda t: t[:2]), r"block_table: expected .*R >= 3.*given shape \[2, "),
+    ("table width", change("block_table", lambda t: t[:, :0]), r"block_table: expected at least one column.*\[3, 0\]"),
+    (
+        "table strides",
+        change("block_table", lambda t: t.repeat(1, 2)[:, ::2]),
+        "block_table: expected a last stride of 1",
+    ),
+    ("plan dtype", change("plan", lambda t: t.long()), "plan: expected dtype int32, given dtype int64"),
+    ("plan shape", change("plan", lambda t: t.view(-1, 2)), r"plan: expected shape \[CTAs, 4\].*given shape \[8, 2\]"),
+    ("plan rows", change("plan", lambda t: t[:0]), r"plan: expected .*at least one CTA, given shape \[0, 4\]"),
+    ("plan strides", change("plan", lambda t: t[::2]), "plan: expected a contiguous tensor"),
+    ("plan address", change("plan", misaligned), "plan: expected an address that is a multiple of 16"),
+    ("negative max", change("max_context_len", lambda _: -1), r"max_context_len: expected 0 to .*given -1$"),
+    ("huge max", change("max_context_len", lambda _: 2**31), r"max_context_len: expected 0 to .*given 2147483648$"),
+    ("out dtype", change("out", lambda t: t.bfloat16()), "out: expected dtype float32, given dtype bfloat16"),
+    ("out rows", change("out", lambda t: t[:5]), r"out: expected shape \[6, 130\], given shape \[5, 130\]"),
+    ("out columns", change("out", lambda t: t[:, :64]), r"out: expected shape \[6, 130\], given shape \[6, 64\]"),
+    ("out strides", change("out", lambda t: t.t().contiguous().t()), "out: expected a last stride of 1"),
+    ("out overlap", change("out", lambda t: t[:1].expand(6, -1)), "out: expected rows that do not overlap"),
+]
+
+
+@pytest.mark.parametrize(("misuse", "says"), [case[1:] for case in MISUSES], ids=[case[0] for case in MISUSES])
+def test_misuse_is_named(misuse: Callable[[Arguments], Arguments], says: str) -> None:
+    with pytest.raises(RuntimeError, match="vllm_mqa_sm90: " + says):
+        vllm_mqa_sm90.paged_mqa_logits(**misuse(valid_arguments()))
+
+
+def test_right_arguments_on_the_cpu_need_a_gpu() -> None:
+    """Also shows that the arguments that the misuses start from are right."""
+    for rows in "grouped", "flat":
+        arguments = valid_arguments()
+        if rows == "flat":
+            arguments["q"] = arguments["q"].flatten(0, 1)
+        with pytest.raises(RuntimeError, match="q: expected tensors on a CUDA device .*given device cpu"):
+            vllm_mqa_sm90.paged_mqa_logits(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("context_lens", "options", "says"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), {"num_sms": 4}, "context_lens: expected dtype int32"),
+        (torch.zeros(3, 5, dtype=torch.int32), {"num_sms": 4}, "context_lens: expected next_n"),
+        (torch.zeros(2, 3, dtype=torch.int32).t(), {"num_sms": 4}, "context_lens: expected a contiguous"),
+        (torch.zeros(3, 2, dtype=torch.int32), {}, "num_sms: expected a number"),
+        (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 0}, "num_sms: expected at least 1, given 0"),
+        (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 4, "out": torch.zeros(7, 4, dtype=torch.int32)},
+         r"out: expected shape \(4, 4\) for num_sms 4, given \(7, 4\)"),
+        (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 4)}, "out: expected dtype int32, given"),
+        (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 3, dtype=torch.int32)}, r"out: expected shape"),
+    ],
+)  # fmt: skip
+def test_misuse_of_plan_is_named(context_lens: torch.Tensor, options: dict, says: str) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=says):
+        vllm_mqa_sm90.plan(context_lens, **options)
+
+
+def test_plan_op_checks_next_n() -> None:
+    ops._load()
+    with pytest.raises(RuntimeError, match="next_n: expected 2, as context_lens says, given 3"):
+        torch.ops.vllm_mqa_sm90.plan(torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(4, 4, dtype=torch.int32))
+
+
+def test_walk_refuses_a_foreign_plan() -> None:
+    ops._load()
+    lens = torch.full((3, 2), 100, dtype=torch.int32)
+    out = torch.zeros(6, 3, dtype=torch.int32)
+    torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens, num_sms=2), lens, out)
+    for plan in vllm_mqa_sm90.plan(lens[:2], num_sms=2), torch.full((4, 4), -1, dtype=torch.int32):
+        with pytest.raises(RuntimeError, match="vllm_mqa_sm90: (out|plan): expected"):
+            torch.ops.vllm_mqa_sm90.walk(plan, lens, out)
+
+
+def test_missing_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_loaded", False)
+    monkeypatch.setattr(ops, "_LIBRARY", Path("/nowhere/_C.abi3.so"))
+    with pytest.raises(RuntimeError, match=re.escape("/nowhere/_C.abi3.so does not exist") + ".*pip install"):
+        vllm_mqa_sm90.plan(torch.zeros(1, dtype=torch.int32), num_sms=1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_traces_in_one_graph(backend: str) -> None:
+    def step(q, kv_cache, weights, context_lens, block_table):
+        plan = vllm_mqa_sm90.plan(context_lens, num_sms=132)
+        return plan, vllm_mqa_sm90.paged_mqa_logits(
+            q, kv_cache, weights, context_lens, block_table, plan, max_context_len=130, clean_logits=True
+        )
+
+    inputs = [t.to("meta") for t in random_step([[70, 71], [5, 6], [0, 130]], heads=32).inputs()]
+    plan, logits = torch.compile(step, fullgraph=True, backend=backend)(*inputs)
+    assert plan.shape == (132, 4) and plan.dtype == torch.int32 and plan.device.type == "meta"
+    assert logits.shape == (6, 130) and logits.dtype == torch.float32 and logits.stride() == (192, 1)
+
+
+def test_compiled_plan_equals_eager_plan() -> None:
+    lens = torch.tensor([[70, 71], [5, 6], [0, 130]], dtype=torch.int32)
+    compiled = torch.compile(lambda t: vllm_mqa_sm90.plan(t, num_sms=3), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(lens), vllm_mqa_sm90.plan(lens, num_sms=3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["q", "kv_cache", "weights", "block_table", "plan", "out"])
+def test_wrong_device_is_named(name: str) -> None:
+    arguments = valid_arguments("cuda")
+    arguments[name] = arguments[name].cpu()
+    with pytest.raises(RuntimeError, match=f"vllm_mqa_sm90: {name}: expected device cuda:0, .*given device cpu"):
+        vllm_mqa_sm90.paged_mqa_logits(**arguments)
+
+
+@pytest.mark.gpu
+def test_wrong_device_of_plan_output_is_named() -> None:
+    with pytest.raises(RuntimeError, match="out: expected device cuda:0, .*given device cpu"):
+        vllm_mqa_sm90.plan(
+            torch.zeros(3, 2, dtype=torch.int32, device="cuda"), out=torch.zeros(8, 4, dtype=torch.int32)
+        )
+
+
+@pytest.mark.gpu
+def test_launch_counts_of_a_missing_device() -> None:
+    with pytest.raises(RuntimeError, match="vllm_mqa_sm90: .*invalid device ordinal"):
+        vllm_mqa_sm90.launch_counts(torch.cuda.device_count())

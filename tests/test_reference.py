@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle itself, against the formula written out as loops over bytes."""
+
+import math
+
+import pytest
+import torch
+from steps import HEAD_DIM, Step, random_step
+
+from vllm_mqa_sm90 import reference
+
+
+def direct(step: Step) -> torch.Tensor:
+    """One logit at a time, in float64."""
+    groups, next_n, heads, _ = step.q.shape
+    page = step.kv_cache.shape[1]
+    logits = torch.full((groups * next_n, step.max_context_len), -math.inf, dtype=torch.float64)
+    for group in range(groups):
+        for row in range(next_n):
+            for s in range(int(step.context_lens[group, row])):
+                page_bytes = step.kv_cache[int(step.block_table[group, s // page])].reshape(-1)
+                at = s % page
+                key = page_bytes[at * HEAD_DIM : (at + 1) * HEAD_DIM].view(torch.float8_e4m3fn).double()
+                scale = page_bytes[page * HEAD_DIM + at * 4 :][:4].clone().view(torch.float32).double()
+                total = 0.0
+                for h in range(heads):
+                    dot = float(step.q[group, row, h].double() @ key)
+                    total += float(step.weights[group * next_n + row, h]) * max(dot, 0.0)
+                logits[group * next_n + row, s] = total * scale
+    return logits
+
+
+@pytest.mark.parametrize("page", [32, 64])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+def test_equals_direct_loop(next_n: int, page: int) -> None:
+    lens = [[70, 71, 1, 0], [-5, 0, 33, 2]]
+    step = random_step([row[:next_n] for row in lens], heads=16, page=page, gap=48)
+    expected = direct(step)
+    given = step.reference()
+    assert torch.equal(torch.isinf(given), torch.isinf(expected))
+    torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = random_step([[300, 299], [128, 7], [0, 65]], heads=16)
+    whole = step.reference()
+    monkeypatch.setattr(reference, "_CHUNK_TOKENS", 64)
+    torch.testing.assert_close(step.reference(), whole)
+
+
+def test_flat_rows_are_groups_of_one() -> None:
+    step = random_step([[100], [7]], heads=32)
+    flat = reference.paged_mqa_logits(
+        step.q.squeeze(1), step.kv_cache, step.weights, step.context_lens.squeeze(1), step.block_table,
+        max_context_len=step.max_context_len,
+    )  # fmt: skip
+    assert torch.equal(flat, step.reference())
+
+
+def test_lengths_are_cut_at_max_context_len() -> None:
+    step = random_step([[100, 90]], heads=16)
+    whole = step.reference()
+    step.max_context_len = 40
+    torch.testing.assert_close(step.reference(), whole[:, :40])
+
+
+def test_long_context_in_little_memory() -> None:
+    """131072 tokens by 8 rows: whole score matrices would take 268 MB of FP32 per request."""
+    step = random_step([[131072, 131071, 131070, 131069]] * 2, heads=64, num_pages=64)
+    logits = step.reference()
+    assert logits.shape == (8, 131072)
+    assert torch.isfinite(logits[0]).all()
+    assert torch.isinf(logits[7, 131069:]).all() and torch.isfinite(logits[7, :131069]).all()
