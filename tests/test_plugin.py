@@ -1,0 +1,545 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in a real vLLM, without a GPU: its platform says Hopper, and tensors are on the CPU."""
+
+import inspect
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm.logger
+import vllm.platforms
+from vllm.config import AttentionConfig, CompilationConfig, ParallelConfig
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import backend, ops, plugin, seams
+
+NUM_SMS = 132
+PAGES = 70  # a request's; more than its tokens need, as vLLM's tables are
+INSTALLED = tuple(seams.applying(seams.release()))
+GATED = seams.release() >= (0, 28)
+REPLACED = (seams.BUILDER_OF_BACKEND, seams.SCHEDULE, seams.LOGITS, *((seams.NATIVE_GATE,) if GATED else ()))
+
+
+class NvmlCudaPlatform(Platform):
+    """vLLM's CUDA platform, whose module needs the driver, with the answers of an H100."""
+
+    _enum = PlatformEnum.CUDA
+    device_type = "cuda"
+    capability: DeviceCapability | None = DeviceCapability(9, 0)
+
+    @classmethod
+    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability | None:
+        return cls.capability
+
+    @classmethod
+    def num_compute_units(cls, device_id: int = 0) -> int:
+        return NUM_SMS
+
+
+def stored(path: str) -> Any:
+    """What a replaced name holds, without binding it."""
+    module, _, name = path.partition(":")
+    owner, _, attribute = name.rpartition(".")
+    found = seams.resolve(f"{module}:{owner}") if owner else sys.modules[module]
+    return vars(found)[attribute]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts and ends with vLLM as it was installed."""
+    monkeypatch.delenv("MQA_SM90", raising=False)
+    monkeypatch.setattr(backend, "outcome", dict(backend.outcome))
+    backend._builders.clear()
+    for name in ("_print_info_once", "_print_warning_once"):
+        getattr(vllm.logger, name).cache_clear()
+    for seam in INSTALLED:
+        seams.resolve(seam.path)
+    stock = {path: stored(path) for path in REPLACED}
+    yield
+    seams.replace(stock)
+
+
+def use_platform(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> None:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm.") and "current_platform" in vars(module):
+            monkeypatch.setattr(module, "current_platform", platform)
+    monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
+    # `from vllm.platforms import current_platform` reads the attribute, which is made on first use.
+    monkeypatch.setitem(vars(vllm.platforms), "current_platform", platform)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_platform(monkeypatch, NvmlCudaPlatform())
+    monkeypatch.setattr(sys.modules[seams.INDEXER], "has_deep_gemm", lambda: True)
+
+
+@pytest.fixture
+def log() -> Iterator[Callable[[int], list[str]]]:
+    """The plugin's messages of a level so far."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("vllm.mqa_sm90")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lambda level: [record.getMessage() for record in records if record.levelno == level]
+    logger.removeHandler(handler)
+
+
+# Taking over, or not.
+
+
+def test_takes_over_on_hopper(hopper: None, log: Callable[[int], list[str]]) -> None:
+    stock = {path: stored(path) for path in REPLACED}
+    plugin.register()
+    assert all(stored(path) is not stock[path] for path in REPLACED)
+    assert not log(logging.WARNING)
+    (line,) = log(logging.INFO)
+    assert f"vLLM {vllm.__version__}" in line
+    assert "natively for next_n 1 to 4 (num_speculative_tokens 0 to 3)" in line
+
+    taken = {path: stored(path) for path in REPLACED}
+    plugin.register()
+    assert {path: stored(path) for path in REPLACED} == taken
+    assert len(log(logging.INFO)) == 1
+
+
+def assert_untouched(reason: str, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers under auto, then under require."""
+    stock = {path: stored(path) for path in REPLACED}
+    plugin.register()
+    assert {path: stored(path) for path in REPLACED} == stock
+    assert not log(logging.INFO)
+    (line,) = log(logging.WARNING)
+    assert reason in line
+    monkeypatch.setenv("MQA_SM90", "require")
+    with pytest.raises(RuntimeError, match="MQA_SM90=require, but") as error:
+        plugin.register()
+    assert reason in str(error.value)
+    assert {path: stored(path) for path in REPLACED} == stock
+    assert len(log(logging.WARNING)) == 1
+
+
+@pytest.mark.parametrize("seam", range(len(INSTALLED)), ids=lambda i: INSTALLED[i].path)
+def test_any_mismatch_leaves_vllm_untouched(
+    hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, seam: int
+) -> None:
+    changed = list(INSTALLED)
+    changed[seam] = replace(changed[seam], path=changed[seam].path + "_gone")
+    monkeypatch.setattr(seams, "SEAMS", changed)
+    assert_untouched(changed[seam].path, log, monkeypatch)
+
+
+@pytest.mark.parametrize("version", ["0.23.1", "0.34.0", "1.0.0", "dev"])
+def test_other_vllm_versions_are_untouched(
+    hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(seams, "vllm_version", lambda: version)
+    assert_untouched(f"vLLM is {version}; this version is for 0.24 to 0.33", log, monkeypatch)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0), None])
+def test_other_gpus_are_untouched(
+    hopper: None,
+    log: Callable[[int], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] | None,
+) -> None:
+    monkeypatch.setattr(NvmlCudaPlatform, "capability", capability and DeviceCapability(*capability))
+    given = ".".join(map(str, capability)) if capability else "unknown"
+    assert_untouched(f"compute capability is {given}", log, monkeypatch)
+
+
+def test_no_cuda_is_untouched(log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = NvmlCudaPlatform()
+    platform._enum = PlatformEnum.CPU
+    use_platform(monkeypatch, platform)
+    assert_untouched("vLLM found no CUDA GPU", log, monkeypatch)
+
+
+def test_no_nvml_is_untouched_and_not_asked(log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asked(Platform):
+        _enum = PlatformEnum.CUDA
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            raise AssertionError("initialises CUDA")
+
+    use_platform(monkeypatch, Asked())
+    assert_untouched("NVML does not answer", log, monkeypatch)
+
+
+def test_unbuilt_library_is_untouched(
+    hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no library")
+
+    monkeypatch.setattr(ops, "plan", missing)
+    assert_untouched("the compiled library does not load: no library", log, monkeypatch)
+
+
+def test_no_error_escapes_under_auto(
+    hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise OSError("driver")
+
+    monkeypatch.setattr(seams, "hopper_problem", broken)
+    assert_untouched("OSError: driver", log, monkeypatch)
+
+
+def test_off_is_silent(hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQA_SM90", "off")
+    stock = {path: stored(path) for path in REPLACED}
+    plugin.register()
+    assert {path: stored(path) for path in REPLACED} == stock
+    assert not log(logging.INFO) and not log(logging.WARNING)
+    assert backend.report()["reason"] == "MQA_SM90=off"
+
+
+def test_unknown_mode_is_an_error(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQA_SM90", "on")
+    with pytest.raises(ValueError, match="MQA_SM90: expected one of auto, require, off, given 'on'"):
+        plugin.register()
+
+
+def test_entry_point_is_declared() -> None:
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '[project.entry-points."vllm.general_plugins"]' in project
+    assert '"vllm_mqa_sm90.plugin:register"' in project
+
+
+@pytest.mark.gpu
+def test_register_leaves_cuda_uninitialised() -> None:
+    code = "import torch; from vllm_mqa_sm90 import plugin; plugin.register(); assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "MQA_SM90": "require"}, check=True, timeout=300)
+
+
+# The metadata builder.
+
+
+def make_config(tokens: int, *, heads: int = 64, adaptive: bool = False, **parallel: int) -> Any:
+    """The parts of a VllmConfig that the builder reads."""
+    parallel_config = ParallelConfig()
+    for name, value in parallel.items():
+        setattr(parallel_config, name, value)
+    attention_config = AttentionConfig()
+    if hasattr(attention_config, "sparse_mla_prefill_workspace_factor"):
+        attention_config.sparse_mla_prefill_workspace_factor = 5
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=64),
+        parallel_config=parallel_config,
+        attention_config=attention_config,
+        compilation_config=CompilationConfig(),
+        model_config=SimpleNamespace(max_model_len=4096, hf_text_config=SimpleNamespace(index_n_heads=heads)),
+        speculative_config=SimpleNamespace(num_speculative_tokens=tokens, enable_adaptive_verification=adaptive)
+        if tokens
+        else None,
+        num_speculative_tokens=tokens,
+    )
+
+
+def make_spec(block_size: int = 64, compression: int = 1, head_size: int = 132) -> MLAAttentionSpec:
+    name = "tokens_per_state" if seams.release() >= (0, 29) else "compress_ratio"
+    return MLAAttentionSpec(
+        block_size=block_size, num_kv_heads=1, head_size=head_size, dtype=torch.uint8, **{name: compression}
+    )
+
+
+def add_cache(config: Any, path: str = seams.CACHES[0], backend_name: str = "DeepseekV32IndexerBackend") -> str:
+    """Registers a stand-in for an indexer cache layer of that class; its name."""
+    module, _, name = path.rpartition(".")
+    stock_backend = seams.resolve(f"{seams.INDEXER}:{backend_name}")
+    layer = type(name, (), {"__module__": module, "get_attn_backend": lambda self: stock_backend})()
+    config.compilation_config.static_forward_context["model.layers.0.indexer.k_cache"] = layer
+    return "model.layers.0.indexer.k_cache"
+
+
+def make_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
+    """As vLLM's worker makes it: the class that the backend answers with now."""
+    builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
+    width = {"block_table_width": PAGES} if getattr(builder, "requires_block_table_width", False) else {}
+    return builder(spec, [layer], config, torch.device("cpu"), **width)
+
+
+def make_step(context: list[int], query: list[int]) -> CommonAttentionMetadata:
+    """A decode step: per request its tokens, those of this step included, and those of this step."""
+    starts = torch.tensor([0, *query]).cumsum(0).to(torch.int32)
+    lengths = torch.tensor(context, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+        num_reqs=len(query),
+        num_actual_tokens=sum(query),
+        max_query_len=max(query),
+        max_seq_len=max(context),
+        block_table_tensor=torch.arange(len(query) * PAGES, dtype=torch.int32).view(len(query), PAGES),
+        slot_mapping=torch.zeros(sum(query), dtype=torch.int64),
+    )
+
+
+@pytest.fixture
+def schedules(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int, int]]:
+    """vLLM as taken over, on DeepGEMM stand-ins; what DeepGEMM was asked to schedule."""
+    asked = []
+    stock = stored(seams.SCHEDULE)
+
+    def schedule(context_lens: torch.Tensor, block_size: int, num_sms: int, **options: Any) -> torch.Tensor:
+        asked.append((context_lens, block_size, num_sms))
+        return torch.full((num_sms + 1, 2), 7, dtype=torch.int32)
+
+    schedule.__signature__ = inspect.signature(stock)
+    seams.replace({seams.SCHEDULE: schedule})
+    plugin.register()
+    assert backend.outcome["installed"], backend.outcome["reason"]
+    return asked
+
+
+@pytest.mark.parametrize("tokens", range(ops.MAX_NEXT_N))
+def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[str]], tokens: int) -> None:
+    config = make_config(tokens)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    next_n = tokens + 1
+    context = [4096, 65, next_n, 64]
+    step = make_step(context, [next_n] * 4)
+    decode = builder.build(0, step).decode
+
+    assert builder.use_flattening is False
+    assert decode.seq_lens.tolist() == [[length - next_n + 1 + row for row in range(next_n)] for length in context]
+    assert decode.seq_lens.is_contiguous() and decode.seq_lens.dtype == torch.int32
+    assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
+    assert decode.block_table.shape == (4, PAGES)
+    assert not decode.requires_padding
+    assert decode.schedule_metadata.shape == ops.plan_shape(NUM_SMS)
+    assert decode.schedule_metadata.data_ptr() == builder.scheduler_metadata_buffer.data_ptr()
+    assert torch.equal(decode.schedule_metadata, vllm_mqa_sm90.plan(decode.seq_lens, num_sms=NUM_SMS))
+    assert decode.schedule_metadata[:, 2].sum() == 64 + 2 + 1 + 1  # 64-token tiles
+    assert not schedules
+    assert f"num_speculative_tokens={tokens} decodes natively (next_n={next_n}" in log(logging.INFO)[-1]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_padding_requests_have_length_zero(schedules: list[Any], tokens: int) -> None:
+    """As a CUDA graph's batch is padded: requests with no query token, and with no context."""
+    config = make_config(tokens)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    next_n = tokens + 1
+    decode = builder.build(0, make_step([100, 70, 0, 0], [next_n, next_n, 0, 0])).decode
+    assert decode.seq_lens[2:].tolist() == [[0] * next_n] * 2
+    assert decode.schedule_metadata[:, 2].sum() == 4
+
+
+@pytest.mark.parametrize("query", [1, 2])
+def test_step_shorter_than_next_n_is_native(schedules: list[Any], query: int) -> None:
+    config = make_config(2)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    step = make_step([200, 300], [query] * 2)
+    decode = builder.build(0, step).decode
+    assert decode.seq_lens.tolist() == [[length - query + 1 + row for row in range(query)] for length in (200, 300)]
+    assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
+    assert decode.schedule_metadata[:, 2].sum() == 4 + 5
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_plan_follows_the_step(schedules: list[Any], tokens: int) -> None:
+    """The plan's address stays, as CUDA graphs need; its contents are the last step's."""
+    config = make_config(tokens)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    first = builder.build(0, make_step([640], [tokens + 1])).decode.schedule_metadata
+    second = builder.build(0, make_step([64, 128], [tokens + 1] * 2)).decode.schedule_metadata
+    assert first.data_ptr() == second.data_ptr()
+    assert second[:, 2].sum() == 3
+
+
+def test_lengths_without_speculation_are_not_written(schedules: list[Any]) -> None:
+    config = make_config(0)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    step = make_step([5, 0], [1, 1])
+    decode = builder.build(0, step).decode
+    assert decode.seq_lens.data_ptr() == step.seq_lens.data_ptr()
+    assert step.seq_lens.tolist() == [5, 0]
+
+
+def test_compressed_cache_of_v4(schedules: list[Any]) -> None:
+    config = make_config(2)
+    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
+    builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+    builder_of_v4 = seams.resolve(f"{seams.INDEXER}:DeepseekV4IndexerBackend").get_builder_cls()
+    assert type(builder) is builder_of_v4
+    with pytest.MonkeyPatch.context() as patch:  # a Triton kernel, and not what is tested
+        patch.setattr(
+            sys.modules[seams.INDEXER],
+            "get_compressed_slot_mapping",
+            lambda num_tokens, *_, out, **__: out[:num_tokens],
+        )
+        decode = builder.build(0, make_step([4096, 258], [3, 3])).decode
+    assert decode.seq_lens.tolist() == [[4094 // 4, 4095 // 4, 4096 // 4], [64, 64, 64]]
+    assert decode.schedule_metadata[:, 2].sum() == 16 + 1
+
+
+def test_cudagraphs_hold_uniform_batches(schedules: list[Any]) -> None:
+    config = make_config(2)
+    add_cache(config)
+    builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
+    assert builder.get_cudagraph_support(config, make_spec()) == AttentionCGSupport.UNIFORM_BATCH
+
+
+if seams.release() >= (0, 32):
+
+    @pytest.mark.parametrize("tokens", [1, 2])
+    def test_draft_steps_make_our_plan(schedules: list[Any], tokens: int) -> None:
+        config = make_config(tokens)
+        builder = make_builder(config, make_spec(), add_cache(config))
+        step = make_step([64, 128], [1, 1])
+        metadata = builder.build(0, step)
+        metadata.seq_lens += 1
+        builder.update_draft_decode_metadata(metadata)
+        assert metadata.decode.seq_lens.tolist() == [[65], [129]]
+        assert torch.equal(
+            metadata.decode.schedule_metadata, vllm_mqa_sm90.plan(metadata.decode.seq_lens, num_sms=NUM_SMS)
+        )
+        assert not schedules
+
+
+UNKNOWN_CACHE = "vllm.models.glm5next.common.attention.Glm5NextIndexerCache"
+
+REFUSED = {
+    "four tokens": ("num_speculative_tokens is 4", lambda: make_config(4), make_spec, seams.CACHES[0]),
+    "adaptive": ("enable_adaptive_verification", lambda: make_config(2, adaptive=True), make_spec, seams.CACHES[0]),
+    "heads": ("index_n_heads is 24", lambda: make_config(2, heads=24), make_spec, seams.CACHES[0]),
+    "no heads": ("index_n_heads is None", lambda: make_config(2, heads=None), make_spec, seams.CACHES[0]),
+    "page": ("page holds 128 keys", lambda: make_config(2), lambda: make_spec(block_size=128), seams.CACHES[0]),
+    "FP4": ("key is 68 x torch.uint8", lambda: make_config(2), lambda: make_spec(head_size=68), seams.CACHES[0]),
+    "cache": (UNKNOWN_CACHE, lambda: make_config(2), make_spec, UNKNOWN_CACHE),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_builder_is_vllms(
+    schedules: list[Any], log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    reason, make, spec, cache = REFUSED[case]
+    config = make()
+    layer = add_cache(config, cache)
+    builder = make_builder(config, spec(), layer)
+    stock = seams.resolve(seams.STOCK_BUILDER)
+    width = {"block_table_width": PAGES} if getattr(stock, "requires_block_table_width", False) else {}
+    expected = stock(spec(), [layer], config, torch.device("cpu"), **width)
+
+    assert builder.use_flattening == expected.use_flattening is True
+    assert builder.scheduler_metadata_buffer.shape == expected.scheduler_metadata_buffer.shape == (NUM_SMS + 1, 2)
+    step = make_step([200, 300], [2, 1])
+    step.block_table_tensor = step.block_table_tensor[:, : builder.expanded_block_table_buffer.shape[1]]
+    decode = builder.build(0, step).decode
+    assert decode.seq_lens.tolist() == [[199], [200], [300]]
+    assert decode.block_table.shape[0] == 3
+    assert decode.schedule_metadata.unique().tolist() == [7]
+    assert len(schedules) == 1
+    (line,) = log(logging.WARNING)
+    assert reason in line
+    if case not in ("page", "FP4"):  # the class is asked before the cache is known
+        support = type(builder).get_cudagraph_support(config, spec())
+        assert support == stock.get_cudagraph_support(config, spec())
+
+    monkeypatch.setenv("MQA_SM90", "require")
+    with pytest.raises(RuntimeError, match="MQA_SM90=require, but this model's sparse indexer keeps"):
+        make_builder(config, spec(), layer)
+
+
+@pytest.mark.parametrize("axis", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallelism_is_refused(schedules: list[Any], axis: str) -> None:
+    config = make_config(2, **{axis: 2})
+    add_cache(config)
+    builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
+    assert "context parallelism" in backend.refusal(builder, config, make_spec())
+
+
+def test_configuration_without_caches_is_refused(schedules: list[Any]) -> None:
+    builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
+    assert "no indexer cache" in backend.refusal(builder, make_config(2), make_spec())
+    assert "AttributeError" in backend.refusal(builder, SimpleNamespace(), make_spec())
+
+
+def test_other_builders_keep_their_schedule(schedules: list[Any]) -> None:
+    """What vLLM builds outside our builder's turn is vLLM's, before and after it."""
+    config = make_config(2)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    lengths = torch.tensor([[64]], dtype=torch.int32)
+    for _ in range(2):
+        assert seams.resolve(seams.SCHEDULE)(lengths, 64, NUM_SMS).shape == (NUM_SMS + 1, 2)
+        if GATED:
+            assert not seams.resolve(seams.NATIVE_GATE)(3)
+        builder.build(0, make_step([64], [3]))
+    with pytest.raises(AttributeError):
+        builder.build(0, None)
+    assert seams.resolve(seams.SCHEDULE)(lengths, 64, NUM_SMS).shape == (NUM_SMS + 1, 2)
+
+
+# The custom op.
+
+
+def test_logits_go_by_the_schedule(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stock(*args: Any, **kwargs: Any) -> Any:
+        return "stock", args, kwargs
+
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        return "ours", args, kwargs
+
+    stock.__signature__ = inspect.signature(stored(seams.LOGITS))
+    seams.replace({seams.LOGITS: stock})
+    monkeypatch.setattr(ops, "paged_mqa_logits", ours)
+    plugin.register()
+    options = {"clean_logits": False} if seams.release() < (0, 33) else {"indices": None}
+    call = seams.resolve(seams.LOGITS)
+
+    plan = torch.zeros(ops.plan_shape(NUM_SMS), dtype=torch.int32)
+    args = (("q", None), "kv", "weights", "lengths", "table")
+    assert call(*args, plan, max_model_len=4096, **options) == (
+        "ours",
+        ("q", "kv", "weights", "lengths", "table", plan),
+        {"max_context_len": 4096, "clean_logits": False},
+    )
+    schedule = torch.zeros(NUM_SMS + 1, 2)
+    assert call(*args, schedule, max_model_len=4096, **options) == ("stock", (*args, schedule, 4096), options)
+
+
+# The report.
+
+
+def test_report_of_a_served_model(schedules: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "launch_counts", lambda: {1: 5, 2: 0, 3: 7, 4: 0})
+    worker = type("Worker", (backend.WorkerExtension,), {})()
+    assert worker.mqa_sm90_report()["taken_over"] is False
+    config = make_config(2)
+    layer = add_cache(config)
+    kept = make_builder(config, make_spec(), layer)
+    report = worker.mqa_sm90_report()
+    assert report["taken_over"] is True and report["reason"] is None
+    assert report["layers"] == [layer] and report["builders"] == 1
+    assert report["num_speculative_tokens"] == kept.num_speculative_tokens == 2
+    assert report["launches"] == {"1": 5, "2": 0, "3": 7, "4": 0}
+    assert report["versions"]["vllm"] == vllm.__version__
+
+
+def test_report_of_a_refused_model(schedules: list[Any]) -> None:
+    config = make_config(4)
+    kept = make_builder(config, make_spec(), add_cache(config))
+    report = backend.report()
+    assert report["taken_over"] is False
+    assert report["reason"] == kept.refusal == "num_speculative_tokens is 4; the kernel takes up to 3"
+    assert report["launches"] == {}

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's indexer backend with this package's kernel in its decode step.
+
+The builder stays vLLM's own: ours is a subclass that lets batches of up to `MAX_NEXT_N` query rows
+a request take vLLM's native path, and puts our plan where DeepGEMM's schedule goes. The plan's
+shape then tells the custom op, layer by layer, whose kernel the step is for.
+"""
+
+import functools
+import importlib.metadata
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from vllm_mqa_sm90 import ops, seams
+
+MODES = ("auto", "require", "off")
+
+_CACHE_ROW_BYTES = ops.HEAD_DIM + 4  # a key of FP8 values and its float32 scale
+
+# The builder (or builder class, where only the configuration is asked for) whose code runs now.
+_building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
+_builders: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+outcome: dict[str, Any] = {"installed": False, "reason": "vLLM has not called the plugin in this process"}
+"""What the plugin did in this process: `installed`, and if not, the `reason`."""
+
+
+def mode() -> str:
+    """`MQA_SM90`: auto (default), require or off; ValueError for anything else."""
+    given = os.environ.get("MQA_SM90", "auto")
+    if given not in MODES:
+        raise ValueError(f"MQA_SM90: expected one of {', '.join(MODES)}, given {given!r}")
+    return given
+
+
+def version() -> str:
+    """Version of this package."""
+    try:
+        return importlib.metadata.version("vllm-mqa-sm90")
+    except importlib.metadata.PackageNotFoundError:
+        return "(source tree)"
+
+
+@functools.cache
+def logger() -> Any:
+    """vLLM's logger. Only children of "vllm" reach the server's log."""
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.mqa_sm90")
+
+
+@contextmanager
+def _as(builder: Any) -> Iterator[None]:
+    token = _building.set(builder)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def refusal(builder: type, vllm_config: Any, kv_cache_spec: Any = None) -> str | None:
+    """Why decode steps stay vLLM's own under this configuration and with this cache; None: they do not.
+
+    Args:
+        builder: our builder class, whose layers are looked up.
+        kv_cache_spec: the cache as the kernel sees it; None: not known yet.
+    """
+    try:
+        return _config_refusal(builder, vllm_config) or (kv_cache_spec and _cache_refusal(kv_cache_spec))
+    except Exception as error:  # a configuration unlike those of known releases must not stop vLLM
+        return f"the configuration cannot be read, {type(error).__name__}: {error}"
+
+
+def _config_refusal(builder: type, vllm_config: Any) -> str | None:
+    speculative = vllm_config.speculative_config
+    tokens = (speculative.num_speculative_tokens or 0) if speculative else 0
+    if tokens + 1 > ops.MAX_NEXT_N:
+        return f"num_speculative_tokens is {tokens}; the kernel takes up to {ops.MAX_NEXT_N - 1}"
+    if getattr(speculative, "enable_adaptive_verification", False):
+        return "enable_adaptive_verification is on: it brings requests of unequal query lengths"
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism is on: each rank's cache is a part, for which the kernel is not proven"
+    heads = getattr(vllm_config.model_config.hf_text_config, "index_n_heads", None)
+    if heads not in ops.HEADS:
+        return f"index_n_heads is {heads}; the kernel takes {', '.join(map(str, ops.HEADS))}"
+    caches = set(seams.cache_layers(vllm_config, builder).values())
+    if not caches:
+        return "vLLM's configuration lists no indexer cache"
+    if unknown := caches.difference(seams.CACHES):
+        return f"the model's indexer cache is one that this version does not know: {', '.join(sorted(unknown))}"
+    return None
+
+
+def _cache_refusal(kv_cache_spec: Any) -> str | None:
+    page = seams.page_size(kv_cache_spec)
+    if page not in ops.PAGE_SIZES:
+        return f"a cache page holds {page} keys; the kernel takes {', '.join(map(str, ops.PAGE_SIZES))}"
+    if (kv_cache_spec.head_size, kv_cache_spec.dtype) != (_CACHE_ROW_BYTES, torch.uint8):
+        return (
+            f"a cached key is {kv_cache_spec.head_size} x {kv_cache_spec.dtype}; "
+            f"the kernel takes {_CACHE_ROW_BYTES} x {torch.uint8}: FP8 values and their scale"
+        )
+    return None
+
+
+def make_backend() -> type:
+    """`MqaSm90IndexerBackend`, a subclass of the installed vLLM's backend (so is its builder)."""
+    stock_backend = seams.resolve(seams.STOCK_BACKEND)
+    stock_builder = seams.resolve(seams.STOCK_BUILDER)
+    clamp_lengths = not seams.clamps_padding()
+
+    class MqaSm90IndexerMetadataBuilder(stock_builder):
+        """vLLM's builder. With a `refusal` it is just that; without one its metadata are for our kernel."""
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+            # The spec's pages may yet be split for the kernel: the configuration alone decides here.
+            with _as(cls if refusal(cls, vllm_config) is None else None):
+                return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, **kwargs: Any
+        ) -> None:
+            self.refusal = refusal(type(self), vllm_config, kv_cache_spec)
+            with self._turn():
+                super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
+            _builders.add(self)
+            if self.refusal is not None:
+                _refuse(self.refusal)
+                return
+            self.use_flattening = False
+            self.scheduler_metadata_buffer = torch.zeros(
+                ops.plan_shape(self.num_sms), dtype=torch.int32, device=self.device
+            )
+            logger().info_once(
+                "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)",
+                self.num_speculative_tokens,
+                self.num_speculative_tokens + 1,
+            )
+
+        def build(self, *args: Any, **kwargs: Any) -> Any:
+            with self._turn():
+                return super().build(*args, **kwargs)
+
+        def update_draft_decode_metadata(self, metadata: Any) -> None:
+            with self._turn():
+                super().update_draft_decode_metadata(metadata)
+
+        def plan(self, context_lens: torch.Tensor) -> torch.Tensor:
+            """The step's plan, in vLLM's schedule buffer, so that vLLM's copy into it has nothing to do."""
+            if clamp_lengths and context_lens.shape[1] > 1:
+                # The top-k kernels after ours read lengths as unsigned.
+                context_lens.clamp_(min=0)
+            return ops.plan(context_lens, num_sms=self.num_sms, out=self.scheduler_metadata_buffer)
+
+        def _turn(self) -> Any:
+            return _as(self if self.refusal is None else None)
+
+    class MqaSm90IndexerBackend(stock_backend):
+        """vLLM's backend with our builder. It keeps vLLM's name, by which vLLM picks warm-ups."""
+
+        @staticmethod
+        def get_builder_cls() -> type:
+            return MqaSm90IndexerMetadataBuilder
+
+    return MqaSm90IndexerBackend
+
+
+def _refuse(reason: str) -> None:
+    message = "this model's sparse indexer keeps vLLM's own decode path: " + reason
+    if mode() == "require":
+        raise RuntimeError(f"MQA_SM90=require, but {message}")
+    logger().warning_once("MQA SM90: %s", message)
+
+
+def _schedule(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(stock)
+    def get_paged_mqa_logits_metadata(context_lens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        builder = _building.get()
+        return stock(context_lens, *args, **kwargs) if builder is None else builder.plan(context_lens)
+
+    return get_paged_mqa_logits_metadata
+
+
+def _native_gate(stock: Callable[[int], bool]) -> Callable[[int], bool]:
+    @functools.wraps(stock)
+    def _supports_native_decode(next_n: int) -> bool:
+        return stock(next_n) if _building.get() is None else next_n <= ops.MAX_NEXT_N
+
+    return _supports_native_decode
+
+
+def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    plan_columns = ops.plan_shape(1)[1]  # DeepGEMM's schedule has two
+
+    @functools.wraps(stock)
+    def fp8_fp4_paged_mqa_logits(
+        q: tuple[torch.Tensor, torch.Tensor | None],
+        kv_cache: torch.Tensor,
+        weights: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        schedule_metadata: torch.Tensor,
+        max_model_len: int,
+        **options: Any,
+    ) -> torch.Tensor:
+        if schedule_metadata.shape[1] != plan_columns:
+            return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
+        return ops.paged_mqa_logits(
+            q[0],
+            kv_cache,
+            weights,
+            context_lens,
+            block_tables,
+            schedule_metadata,
+            max_context_len=max_model_len,
+            clean_logits=options.get("clean_logits", False),
+        )
+
+    return fp8_fp4_paged_mqa_logits
+
+
+def replacements() -> dict[str, Any]:
+    """What goes in the place of each replaced seam."""
+    made: dict[str, Any] = {
+        seams.BUILDER_OF_BACKEND: staticmethod(make_backend().get_builder_cls),
+        seams.SCHEDULE: _schedule(seams.resolve(seams.SCHEDULE)),
+        seams.LOGITS: _logits(seams.resolve(seams.LOGITS)),
+    }
+    if any(seam.path == seams.NATIVE_GATE for seam in seams.applying(seams.release())):
+        made[seams.NATIVE_GATE] = _native_gate(seams.resolve(seams.NATIVE_GATE))
+    return made
+
+
+def report() -> dict[str, Any]:
+    """What runs on our kernel in this process; JSON-able. Reading `launches` synchronises with the GPU.
+
+    `taken_over`, else the `reason`; `layers`: names of the indexer caches with native builders;
+    `builders`: how many; `num_speculative_tokens`; `launches`: of the kernel, by next_n; `versions`.
+    """
+    native = [builder for builder in _builders if builder.refusal is None]
+    refusals = [builder.refusal for builder in _builders if builder.refusal is not None]
+    reason = None
+    if not native:
+        reason = outcome["reason"] or next(iter(refusals), "vLLM has built no metadata builder of a sparse indexer")
+    return {
+        "taken_over": bool(native),
+        "reason": reason,
+        "layers": sorted({name for builder in native for name in builder.layer_names}),
+        "builders": len(native),
+        "num_speculative_tokens": max((builder.num_speculative_tokens for builder in native), default=None),
+        "launches": {str(next_n): count for next_n, count in ops.launch_counts().items()} if native else {},
+        "versions": {"vllm_mqa_sm90": version(), "vllm": seams.vllm_version(), "torch": torch.__version__},
+    }
+
+
+class WorkerExtension:
+    """For `--worker-extension-cls vllm_mqa_sm90.backend.WorkerExtension`: asks each worker over `collective_rpc`."""
+
+    def mqa_sm90_report(self) -> dict[str, Any]:
+        """`report()` of this worker's process."""
+        return report()

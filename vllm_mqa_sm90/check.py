@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-mqa-sm90 check`: would the plugin take over on this machine, and if not, why not."""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vllm_mqa_sm90 import backend, plugin, seams
+
+
+def examine() -> dict[str, Any]:
+    """What the plugin would find here; JSON-able.
+
+    `reasons` against taking over (empty: it would), and what they rest on: `versions` (None: not
+    installed), `gpus`, `seams` with the `problem` of each (None: matches).
+    """
+    versions = {"vllm_mqa_sm90": backend.version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    report: dict[str, Any] = {"reasons": [], "versions": versions, "gpus": _gpus(), "seams": []}
+    try:
+        if backend.mode() == "off":
+            report["reasons"].append("MQA_SM90 is off")
+    except ValueError as error:
+        report["reasons"].append(str(error))
+    try:
+        versions["vllm"] = seams.vllm_version()
+    except ImportError as error:
+        versions["vllm"] = None
+        report["reasons"].append(f"vLLM cannot be imported: {error}")
+        return report
+    report["reasons"] += plugin.problems()
+    release = seams.release()
+    report["seams"] = [
+        {"path": seam.path, "why": seam.why, "problem": seam.problem()}
+        for seam in (seams.applying(release) if release else ())
+    ]
+    return report
+
+
+def _gpus() -> list[dict[str, str]]:
+    fields = ("name", "compute_cap", "driver_version")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [dict(zip(fields, map(str.strip, line.split(",")), strict=True)) for line in output.splitlines()]
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    facts = Table(show_header=False, box=None)
+    for gpu in report["gpus"]:
+        facts.add_row("GPU", f"{gpu['name']}, compute capability {gpu['compute_cap']}, driver {gpu['driver_version']}")
+    if not report["gpus"]:
+        facts.add_row("GPU", "none (nvidia-smi lists none)")
+    for name, version in report["versions"].items():
+        facts.add_row(name, version or "none")
+    console.print(facts)
+    if report["seams"]:
+        table = Table("place in vLLM", "as expected")
+        for seam in report["seams"]:
+            table.add_row(seam["path"], seam["problem"] or "yes")
+        console.print(table)
+    if not report["reasons"]:
+        console.print("The plugin would take over the sparse indexer's decode here.")
+        return
+    console.print("The plugin would not take over here:")
+    for reason in report["reasons"]:
+        console.print(f"- {reason}", markup=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: would take over here; 1: would not."""
+    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout
+        report = examine()
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _show(report, Console())
+    return 1 if report["reasons"] else 0
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the `check` command."""
+    parser = subparsers.add_parser(
+        "check",
+        help="say whether the plugin would take over here",
+        description="Exit status: 0 the plugin would take over here, 1 it would not, 2 wrong usage.",
+    )
+    parser.add_argument("--json", action="store_true", help="write the findings to stdout as JSON")
+    parser.set_defaults(func=run)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vllm-mqa-sm90`. Each sub-command is a module with `add_parser`, which names its function in `func`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_mqa_sm90 import check, checkpoint, demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-mqa-sm90",
+        description="Native decode of DeepSeek Sparse Attention's indexer on Hopper, for vLLM.",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (check, checkpoint, demo):
+        module.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    return args.func(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

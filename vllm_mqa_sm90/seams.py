@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this package knows of vLLM's internals: the places it replaces, and those it relies on.
+
+A decode step of the sparse indexer goes through three modules. The metadata builder (`INDEXER`)
+turns a batch into lengths, a block table and a schedule; the custom op (`OP`) computes the logits
+with them, then the top k. Both call DeepGEMM through functions that they look up by name in their
+own module, so that replacing the name there reaches exactly these callers.
+
+Each seam is one record. All are checked against the installed vLLM before any is touched.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Release = tuple[int, int]
+
+OLDEST: Release = (0, 24)
+NEWEST: Release = (0, 33)
+
+INDEXER = "vllm.v1.attention.backends.mla.indexer"
+OP = "vllm.model_executor.layers.sparse_attn_indexer"
+
+# The names that are replaced.
+BUILDER_OF_BACKEND = f"{INDEXER}:DeepseekV32IndexerBackend.get_builder_cls"
+SCHEDULE = f"{INDEXER}:get_paged_mqa_logits_metadata"
+NATIVE_GATE = f"{INDEXER}:_supports_native_decode"
+LOGITS = f"{OP}:fp8_fp4_paged_mqa_logits"
+# Their owners, subclassed.
+STOCK_BACKEND = f"{INDEXER}:DeepseekV32IndexerBackend"
+STOCK_BUILDER = f"{INDEXER}:DeepseekV32IndexerMetadataBuilder"
+
+CACHES = (
+    "vllm.model_executor.models.deepseek_v2.DeepseekV32IndexerCache",
+    "vllm.models.deepseek_v4.attention.DeepseekV4IndexerCache",
+)
+"""Cache layers whose model runs `OP`. Others answer with the same backend but run an op of their
+own (GLM-5.x with pooled keys) or process the logits further (DeepSeek-V4.1)."""
+
+_SCHEDULE_WHY = "makes DeepGEMM's schedule: makes our plan while our builder builds"
+_SCHEDULE_PARAMETERS = ("context_lens", "block_size", "num_sms")
+_LOGITS_WHY = "runs DeepGEMM's kernel: runs ours where the schedule is our plan"
+_LOGITS_PARAMETERS = (
+    "q",
+    "kv_cache",
+    "weights",
+    "context_lens",
+    "block_tables",
+    "schedule_metadata",
+    "max_model_len",
+)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One place in vLLM.
+
+    Attributes:
+        path: `module:qualified.name`.
+        why: what this package does with it.
+        parameters: the function's parameters in order; None: any, or not a function.
+        uses: names that the function's own code refers to (globals, attributes).
+        since, until: vLLM releases that the record holds for, both included.
+    """
+
+    path: str
+    why: str
+    parameters: tuple[str, ...] | None = None
+    uses: tuple[str, ...] = ()
+    since: Release = OLDEST
+    until: Release = NEWEST
+
+    def problem(self) -> str | None:
+        """How the installed vLLM differs from this record; None: it does not."""
+        try:
+            found = resolve(self.path)
+            if self.parameters is not None:
+                parameters = tuple(inspect.signature(found).parameters)
+                if parameters != self.parameters:
+                    return f"{self.path}: expected parameters {_listed(self.parameters)}, found {_listed(parameters)}"
+            if self.uses:
+                names = inspect.unwrap(getattr(found, "__func__", found)).__code__.co_names
+                if missing := set(self.uses).difference(names):
+                    return f"{self.path}: expected to use {_listed(sorted(missing))}, but does not"
+        except Exception as error:  # whatever importing or inspecting another release may raise
+            return f"{self.path}: expected to exist, but {type(error).__name__}: {error}"
+        return None
+
+
+SEAMS = (
+    # Replaced.
+    Seam(
+        BUILDER_OF_BACKEND,
+        "names the metadata builder of V3.2's backend and, by inheritance, of V4's: answers with ours",
+        parameters=(),
+        uses=("DeepseekV32IndexerMetadataBuilder",),
+    ),
+    Seam(SCHEDULE, _SCHEDULE_WHY, parameters=_SCHEDULE_PARAMETERS, until=(0, 27)),
+    Seam(SCHEDULE, _SCHEDULE_WHY, parameters=(*_SCHEDULE_PARAMETERS, "indices"), since=(0, 28)),
+    Seam(
+        NATIVE_GATE,
+        "allows the query rows per request that DeepGEMM takes: those of our kernel while our builder builds",
+        parameters=("next_n",),
+        since=(0, 28),
+    ),
+    Seam(LOGITS, _LOGITS_WHY, parameters=(*_LOGITS_PARAMETERS, "clean_logits"), until=(0, 27)),
+    Seam(
+        LOGITS,
+        _LOGITS_WHY,
+        parameters=(*_LOGITS_PARAMETERS, "clean_logits", "indices"),
+        since=(0, 28),
+        until=(0, 32),
+    ),
+    Seam(LOGITS, _LOGITS_WHY, parameters=(*_LOGITS_PARAMETERS, "indices"), since=(0, 33)),
+    # Relied on.
+    Seam(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
+        "our builder decides by the configuration and the cache that it is constructed with",
+        parameters=("self", "kv_cache_spec", "layer_names", "vllm_config", "device"),
+    ),
+    Seam(
+        f"{STOCK_BUILDER}.__init__",
+        "makes the attributes that our builder changes: the schedule's buffer and whether to flatten",
+        uses=("num_sms", "scheduler_metadata_buffer", "use_flattening", "num_speculative_tokens"),
+    ),
+    Seam(
+        f"{STOCK_BUILDER}.build",
+        "copies the schedule into its buffer; native steps bring lengths [B, next_n] and no expanded block table",
+        parameters=("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
+        uses=("get_paged_mqa_logits_metadata", "scheduler_metadata_buffer", "use_flattening"),
+    ),
+    Seam(
+        f"{STOCK_BUILDER}.build",
+        "asks before each step whether its query rows per request may go native",
+        uses=("_supports_native_decode",),
+        since=(0, 28),
+    ),
+    Seam(
+        f"{STOCK_BUILDER}.get_cudagraph_support",
+        "native steps need uniform batches in a CUDA graph, flattened ones (0.29 on) do not",
+        parameters=("vllm_config", "kv_cache_spec"),
+    ),
+    Seam(
+        f"{STOCK_BUILDER}.update_draft_decode_metadata",
+        "makes the schedule again between draft steps, inside a CUDA graph",
+        parameters=("self", "metadata"),
+        uses=("get_paged_mqa_logits_metadata", "schedule_metadata"),
+        since=(0, 32),
+    ),
+    Seam(
+        f"{OP}:sparse_attn_indexer",
+        "passes the builder's schedule to the logits",
+        uses=("fp8_fp4_paged_mqa_logits", "schedule_metadata"),
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface:MLAAttentionSpec.storage_block_size",
+        "keys per page, after compression",
+        until=(0, 28),
+    ),
+    Seam(
+        "vllm.v1.kv_cache_interface:MLAAttentionSpec.num_states",
+        "keys per page, after compression",
+        since=(0, 29),
+    ),
+)
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM; ImportError without one."""
+    return importlib.import_module("vllm").__version__
+
+
+def release() -> Release | None:
+    """Major and minor version of the installed vLLM; None where the version says neither ("dev")."""
+    match = re.match(r"(\d+)\.(\d+)", vllm_version())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"({', '.join(names)})"
+
+
+def applying(to: Release) -> Iterator[Seam]:
+    """The seams of that release."""
+    return (seam for seam in SEAMS if seam.since <= to <= seam.until)
+
+
+def resolve(path: str) -> Any:
+    """The object at `module:qualified.name`."""
+    module, _, name = path.partition(":")
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def replace(replacements: Mapping[str, Any]) -> None:
+    """Puts each object in the place of what its path names."""
+    for path, replacement in replacements.items():
+        module, _, qualified = path.partition(":")
+        owner, _, name = qualified.rpartition(".")
+        setattr(resolve(f"{module}:{owner}") if owner else importlib.import_module(module), name, replacement)
+
+
+def hopper_problem() -> str | None:
+    """Why vLLM's platform is not a GPU of compute capability 9.0; None: it is. Leaves CUDA uninitialised."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        return f"vLLM found no CUDA GPU (platform {type(current_platform).__name__})"
+    if not any(cls.__name__ == "NvmlCudaPlatform" for cls in type(current_platform).__mro__):
+        return "NVML does not answer, and asking the GPU otherwise would initialise CUDA in every process"
+    capability = current_platform.get_device_capability()
+    if capability is None or tuple(capability) != (9, 0):
+        given = capability.as_version_str() if capability else "unknown"
+        return f"the GPU's compute capability is {given}; the kernel is for 9.0 (H100, H200, GH200)"
+    return None
+
+
+def page_size(kv_cache_spec: Any) -> int:
+    """Keys per page of an indexer cache (its block size over the tokens per key)."""
+    return kv_cache_spec.num_states if release() >= (0, 29) else kv_cache_spec.storage_block_size
+
+
+def clamps_padding() -> bool:
+    """Whether native steps give padding rows length 0; before 0.28 they gave 1 - next_n and up."""
+    return release() >= (0, 28)
+
+
+def cache_layers(vllm_config: Any, builder: type) -> dict[str, str]:
+    """The layers whose metadata `builder` makes: name -> class path."""
+    layers = vllm_config.compilation_config.static_forward_context.items()
+    return {
+        name: f"{type(layer).__module__}.{type(layer).__qualname__}"
+        for name, layer in layers
+        if hasattr(layer, "get_attn_backend") and layer.get_attn_backend().get_builder_cls() is builder
+    }
