@@ -20,6 +20,7 @@ from vllm.config import AttentionConfig, CompilationConfig, ParallelConfig
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import backend, ops, plugin, seams
@@ -534,6 +535,9 @@ def test_report_of_a_served_model(schedules: list[Any], monkeypatch: pytest.Monk
     assert report["num_speculative_tokens"] == kept.num_speculative_tokens == 2
     assert report["launches"] == {"1": 5, "2": 0, "3": 7, "4": 0}
     assert report["versions"]["vllm"] == vllm.__version__
+    # The way from a worker to the server: vLLM's encoder takes plain types alone, and hangs the server on others.
+    sent = b"".join(bytes(part) for part in MsgpackEncoder().encode(report))
+    assert MsgpackDecoder().decode(sent) == report
 
 
 def test_report_of_a_refused_model(schedules: list[Any]) -> None:

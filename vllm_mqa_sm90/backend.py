@@ -257,7 +257,7 @@ def report() -> dict[str, Any]:
         "builders": len(native),
         "num_speculative_tokens": max((builder.num_speculative_tokens for builder in native), default=None),
         "launches": {str(next_n): count for next_n, count in ops.launch_counts().items()} if native else {},
-        "versions": {"vllm_mqa_sm90": version(), "vllm": seams.vllm_version(), "torch": torch.__version__},
+        "versions": {"vllm_mqa_sm90": version(), "vllm": seams.vllm_version(), "torch": str(torch.__version__)},
     }
 
 
