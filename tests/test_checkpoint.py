@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The made checkpoint: its shapes and names against vLLM's own model code, its tokenizer, its numbers."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from vllm_mqa_sm90 import checkpoint, cli
+from vllm_mqa_sm90.checkpoint import Architecture, Tensor, fill, make_checkpoint
+
+# The same structure with a thousandth of the numbers.
+SMALL = {
+    "hidden_size": 512, "intermediate_size": 256, "moe_intermediate_size": 64, "q_lora_rank": 128, "kv_lora_rank": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 16, "n_routed_experts": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small") / "model"
+    architecture = checkpoint.ARCHITECTURES["v32"]
+    shrunken = Architecture(lambda layers, experts: {**architecture.config(layers, experts), **SMALL}, architecture.shards)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(checkpoint.ARCHITECTURES, "v32", shrunken)
+        make_checkpoint(directory, layers=3, experts=16)
+    return directory
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}
+    return found
+
+
+def driver_symbols(library: Path) -> set[str]:
+    """Functions that a shared library wants of the CUDA driver."""
+    output = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
+    names = (line.split()[-1] for line in output.splitlines())
+    return {name for name in names if name.startswith("cu") and name[2:3].isupper()}
+
+
+@pytest.fixture(scope="session")
+def driver_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for LD_LIBRARY_PATH with a CUDA driver that fails every call, where there is none: vLLM links to one."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return os.environ.get("LD_LIBRARY_PATH", "")
+    except OSError:
+        pass
+    import vllm
+
+    folder = tmp_path_factory.mktemp("driver")
+    names = set.union(*(driver_symbols(library) for library in Path(vllm.__file__).parent.glob("*.so")))
+    source = folder / "driver.c"
+    source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(names)))
+    library = folder / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    return str(folder)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
+    tmp_path: Path, driver_path: str, layers: int
+) -> None:
+    config = checkpoint.v32_config(layers, experts=32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint.make_tokenizer(config["vocab_size"]).save_pretrained(tmp_path)
+    script = Path(__file__).with_name("load_on_meta.py")
+    env = {**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"}
+    done = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "architecture": "DeepseekV32ForCausalLM",
+        "tokenizer_mode": "deepseek_v32",
+        "unfilled": {"target": [], "draft": []},
+    }
+
+
+def test_shapes_are_those_of_one_rank_of_eight() -> None:
+    shapes = {t.name: t.shape for shard in checkpoint.v32_shards(checkpoint.v32_config(4, 32)) for t in shard}
+    attention = "model.layers.2.self_attn."
+    # DeepSeek-V3.2 has 128 heads of 128 + 64 and an MLP width of 2048, which TP divides; the indexer it replicates.
+    assert shapes[attention + "q_b_proj.weight"] == (128 // 8 * (128 + 64), 1536)
+    assert shapes[attention + "o_proj.weight"] == (7168, 128 // 8 * 128)
+    assert shapes[attention + "kv_a_proj_with_mqa.weight"] == (512 + 64, 7168)
+    assert shapes[attention + "indexer.wq_b.weight"] == (64 * 128, 1536)
+    assert shapes[attention + "indexer.weights_proj.weight"] == (64, 7168)
+    assert shapes["model.layers.2.mlp.experts.31.down_proj.weight"] == (7168, 2048 // 8)
+    assert shapes["lm_head.weight"] == (129280 // 8, 7168)
+    assert "model.layers.0.mlp.gate_proj.weight" in shapes and "model.layers.1.mlp.gate.weight" in shapes
+    assert "model.layers.4.eh_proj.weight" in shapes
+
+
+def test_files_hold_what_the_index_says(small: Path) -> None:
+    index = json.loads((small / "model.safetensors.index.json").read_text())
+    config = json.loads((small / "config.json").read_text())
+    found = tensors_of(small)
+    assert found.keys() == index["weight_map"].keys()
+    for tensor in (tensor for shard in checkpoint.v32_shards(config) for tensor in shard):
+        with safe_open(small / index["weight_map"][tensor.name], "pt") as file:
+            assert torch.equal(file.get_tensor(tensor.name), fill(tensor, seed=0)), tensor.name
+    embedding = found["model.embed_tokens.weight"]
+    assert torch.equal(embedding, found["model.layers.3.embed_tokens.weight"])
+    assert torch.equal(found["lm_head.weight"], found["model.layers.3.shared_head.head.weight"])
+    assert not torch.equal(embedding, found["lm_head.weight"])
+
+
+def test_values_follow_name_and_seed() -> None:
+    tensor = Tensor("a.weight", (400, 1000), gain=2.0)
+    values = fill(tensor, 0)
+    assert torch.equal(values, fill(tensor, 0))
+    assert not torch.equal(values, fill(tensor, 1))
+    assert not torch.equal(values, fill(Tensor("b.weight", (400, 1000), gain=2.0), 0))
+    # Unit-variance activations come out with the gain as their deviation.
+    torch.manual_seed(0)
+    assert (torch.randn(500, 1000) @ values.float().T).std().item() == pytest.approx(2.0, rel=0.02)
+
+
+def test_greedy_outputs_are_finite_varied_and_not_tied(small: Path) -> None:
+    """The target as Transformers' DeepSeek-V3 computes it: without the indexer, the same below 2048 tokens."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    settings = json.loads((small / "config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in ("model_type", "architectures")}
+    model = DeepseekV3ForCausalLM.from_pretrained(small, config=DeepseekV3Config(**settings), dtype=torch.bfloat16)
+    prompts = torch.randint(7, settings["vocab_size"], (2, 200), generator=torch.Generator().manual_seed(0))
+    prompts[1, -4:] = prompts[0, -4:]
+    best, gaps = [], []
+    with torch.inference_mode():
+        step = model(prompts, use_cache=True)
+        for _ in range(32):
+            logits = step.logits[:, -1].float()
+            assert logits.isfinite().all()
+            top = logits.topk(2, dim=-1)
+            gaps.append((top.values[:, 0] - top.values[:, 1]) / top.values[:, 0])
+            best.append(top.indices[:, :1])
+            step = model(best[-1], past_key_values=step.past_key_values, use_cache=True)
+    tokens = torch.cat(best, dim=1)
+    assert all(len(set(row)) >= 6 for row in tokens.tolist())
+    # The context decides, not the last tokens alone.
+    assert not torch.equal(tokens[0], tokens[1])
+    # bf16 logits are 2**-8 apart, relatively.
+    assert (torch.cat(gaps) > 2**-7).float().mean() > 0.8
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    return checkpoint.make_tokenizer(129280 // 8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_tokenizer_has_a_text_for_each_row_of_the_head(tokenizer) -> None:
+    assert len(tokenizer) == 129280 // 8
+    assert len(set(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))) == len(tokenizer)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+
+
+def test_chat_template_and_vllms_own_encoding_agree(small: Path) -> None:
+    from transformers import AutoTokenizer
+    from vllm.tokenizers.deepseek_v32 import DeepseekV32Tokenizer
+
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>"
+    template = AutoTokenizer.from_pretrained(small)
+    assert template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    vllm = DeepseekV32Tokenizer.from_pretrained(small)
+    assert vllm.apply_chat_template(messages, tokenize=False) == expected
+    ids = vllm.apply_chat_template(messages)
+    # The markers are one token each, and text comes back from ids as sent.
+    assert [ids[0], ids[1], *ids[-2:]] == [0, 3, 4, 6]
+    assert vllm.decode(ids) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--layers", "0"], "layers: expected at least 1, got 0"),
+        (["--experts", "20"], "experts: expected a multiple of 8 from 16 to 256, got 20"),
+        (["--experts", "8"], "experts: expected a multiple of 8 from 16 to 256, got 8"),
+        ([], "is not empty"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
+    (tmp_path / "something").touch()
+    assert cli.main(["make-checkpoint", str(tmp_path), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_unknown_architecture_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="arch: expected one of v32, got 'v9'"):
+        make_checkpoint(tmp_path / "model", arch="v9")
