@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: its substitute on the CPU, and all of its serving but the model, against a stand-in server process."""
+
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_server import METRICS
+from rich.console import Console
+
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import cli, demo, server
+from vllm_mqa_sm90.server import Server, ServerError
+
+FAKE = str(Path(__file__).with_name("fake_server.py"))
+
+
+def fake_server(tmp_path: Path, *arguments: str) -> Server:
+    port = server.free_port()
+    return Server([sys.executable, FAKE, str(port), *arguments], port, tmp_path / "log")
+
+
+def ready(running: Server) -> None:
+    running.wait_ready(30, lambda seconds, line: None)
+
+
+def child_of(log: Path) -> int:
+    return int(re.search(r"child (\d+)", log.read_text())[1])
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends soon (a zombie has ended: its parent is gone, and init reaps it)."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_substitute_agrees_and_prints_its_numbers() -> None:
+    out = console()
+    assert demo.run_on_cpu(out, num_sms=132) == 0
+    text = out.file.getvalue()
+    assert re.search(r"tiles of 64 tokens +│ (\d+) visited, \1 needed", text)
+    assert "132 (one on each of the 132 SMs" in text
+    assert re.search(r"largest error \d\.\de-0[67]", text)
+    assert "schedule and reference agree" in text
+
+
+@pytest.mark.parametrize("damage", ["drop", "twice", "uneven"])
+def test_substitute_notices_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    right = vllm_mqa_sm90.plan
+
+    def wrong(context_lens: torch.Tensor, *, num_sms: int) -> torch.Tensor:
+        plan = right(context_lens, num_sms=num_sms)
+        if damage == "drop":
+            plan[-1, 2] -= 1
+        elif damage == "twice":
+            plan[1] = plan[0]
+        else:
+            plan[0, 2] += plan[1, 2]
+            plan[1, 2] = 0
+        return plan
+
+    monkeypatch.setattr(vllm_mqa_sm90, "plan", wrong)
+    assert demo.run_on_cpu(console()) == 1
+
+
+def test_command_runs_the_substitute_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["demo"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().out.startswith("no GPU of compute capability 9.0")
+
+
+def test_acceptance_by_position() -> None:
+    assert demo.acceptance(METRICS) == [0.8, 0.6]
+    assert demo.acceptance("# nothing drafted\n") == []
+
+
+def test_free_port_is_free() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", server.free_port()))
+
+
+def test_server_answers_and_leaves_no_process(tmp_path: Path) -> None:
+    with fake_server(tmp_path) as running:
+        ready(running)
+        child = child_of(tmp_path / "log")
+        assert not gone_now(child)
+        answer = running.post("/v1/completions", {"prompt": "x", "max_tokens": 5})
+        assert answer["usage"]["completion_tokens"] == 5
+        events = list(running.stream("/v1/chat/completions", {"max_tokens": 5}))
+        assert [event["choices"][0]["delta"]["content"] for event in events[:-1]] == ["kale", "mo", " tisu"]
+        assert running.get("/metrics") == METRICS
+        with pytest.raises(ServerError, match=r"/nothing answered 404 no such path[\s\S]*child \d+"):
+            running.post("/nothing", {})
+    assert gone(running.pid) and gone(child)
+
+
+def gone_now(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_server_that_ignores_sigint_is_killed(tmp_path: Path) -> None:
+    program = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    with Server([sys.executable, "-c", program], 1, tmp_path / "log", grace=0.5) as running:
+        while "deaf" not in (tmp_path / "log").read_text():
+            time.sleep(0.05)
+    assert gone(running.pid)
+
+
+def test_failed_start_shows_the_end_of_the_log(tmp_path: Path) -> None:
+    program = "print('\\n'.join(f'line {i}' for i in range(100))); raise SystemExit('out of \\x1b[31mmemory\\x1b[0m')"
+    with Server([sys.executable, "-c", program], server.free_port(), tmp_path / "log") as running:
+        with pytest.raises(ServerError) as failure:
+            ready(running)
+    message = str(failure.value)
+    assert message.startswith("the server ended with status 1 while starting; its log ends with\n")
+    assert message.endswith("  line 99\n  out of memory") and "line 50\n" not in message
+
+
+def test_slow_start_ends_at_the_timeout_and_shows_progress(tmp_path: Path) -> None:
+    line = "(EngineCore pid=7) INFO 11-23 03:50:55 [model.py:1] loading"
+    seen = []
+    program = f"import time; print({line!r}, flush=True); time.sleep(600)"
+    with Server([sys.executable, "-c", program], server.free_port(), tmp_path / "log") as running:
+        with pytest.raises(ServerError, match="not ready after 2 s"):
+            running.wait_ready(2, lambda seconds, line: seen.append((seconds, line)))
+    assert seen[-1][1] == "INFO [model.py:1] loading"
+    assert gone(running.pid)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_stops_the_server(tmp_path: Path, sent: signal.Signals) -> None:
+    """A demo that is interrupted while its server runs ends with 130 and leaves nothing behind."""
+    (tmp_path / "config.json").write_text("{}")
+    program = f"""
+import sys, torch
+from vllm_mqa_sm90 import cli, demo
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (9, 0)
+demo.vllm_serve = lambda model, port, *arguments: [sys.executable, {FAKE!r}, str(port)]
+demo._ask = lambda console, server: (print("pid", server.pid, flush=True), print((server._log).read_text(), flush=True), __import__("time").sleep(600))
+sys.exit(cli.main(["demo", "--checkpoint", {str(tmp_path)!r}]))
+"""
+    running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    pids = []
+    for line in running.stdout:
+        if found := re.match(r"(?:pid|child) (\d+)", line):
+            pids.append(int(found[1]))
+        if len(pids) == 2:
+            break
+    running.send_signal(sent)
+    assert running.wait(30) == 130
+    running.stdout.close()
+    assert len(pids) == 2 and all(map(gone, pids))
+
+
+@pytest.mark.parametrize("launches, status", [(7, 0), (0, 1)])
+def test_demo_against_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launches: int, status: int) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    commands = []
+
+    def serve(model: Path, port: int, *arguments: str) -> list[str]:
+        commands.append((model, arguments))
+        return [sys.executable, FAKE, str(port), str(launches)]
+
+    monkeypatch.setattr(demo, "vllm_serve", serve)
+    out = console()
+    assert demo.run_on_gpu(out, tmp_path, 30, ["--enforce-eager"]) == status
+    text = out.file.getvalue()
+    assert "completion: 48 tokens: kalemo tisu" in text
+    assert "chat, streamed: kalemo tisu (48 tokens)" in text
+    assert "8 requests at once: 512 tokens" in text
+    assert "80.0% at position 1, 60.0% at position 2" in text
+    assert ("7 at next_n=3" in text) == (status == 0)
+    assert ("decode steps ran natively at next_n=3" in text) == (status == 0)
+    assert text.rstrip().endswith("server stopped")
+    (model, arguments), = commands
+    assert model == tmp_path and arguments[-1] == "--enforce-eager"
+
+
+def test_environment_keeps_caches_in_the_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    env = server.environment(tmp_path, MQA_SM90="require")
+    assert env["HOME"].startswith(str(tmp_path)) and os.path.isdir(env["HOME"])
+    assert env["TMPDIR"].startswith(str(tmp_path)) and os.path.isdir(env["TMPDIR"])
+    assert "XDG_CACHE_HOME" not in env
+    assert env["MQA_SM90"] == "require"
+
+
+def test_wheels_nvcc_is_named_where_there_is_no_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(server.shutil, "which", lambda name: None)
+    env = server.environment(tmp_path)
+    assert Path(env["CUDA_HOME"], "bin", "nvcc").is_file()
+    # The reason for the flag: without it this nvcc refuses the headers beside it.
+    source = tmp_path / "t.cu"
+    source.write_text("#include <cuda/std/cstdint>\n__global__ void kernel() {}\n")
+    command = [f"{env['CUDA_HOME']}/bin/nvcc", "-arch=sm_90a", "-cubin", "-o", str(tmp_path / "t.cubin"), str(source)]
+    assert subprocess.run(command, env={**os.environ, **env}).returncode == 0

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `vllm serve` of our own: started on a free loopback port, waited for, asked, and stopped whole."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import site
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+TAIL_LINES = 30
+
+
+class ServerError(Exception):
+    """The server did not start, died, or refused a request; the message ends with its log's tail."""
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def vllm_serve(model: Path, port: int, *arguments: str) -> list[str]:
+    """The command of `vllm serve`, by module, so that it runs in this Python without its script on PATH."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
+
+
+def environment(scratch: Path, **variables: str) -> dict[str, str]:
+    """The environment of an offline server that leaves its caches in `scratch`, plus `variables`.
+
+    Where there is no CUDA toolkit, DeepGEMM's run-time compiler is pointed at the wheels' nvcc.
+    """
+    home, temporary = scratch / "home", scratch / "tmp"
+    home.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir(exist_ok=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    env |= {"PYTHONUSERBASE": site.getuserbase(), "HOME": str(home), "TMPDIR": str(temporary)}
+    env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # FlashInfer's sampler is compiled at the first start; PyTorch's serves as well here.
+    env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    wheels = importlib.util.find_spec("nvidia")
+    if "CUDA_HOME" not in env and shutil.which("nvcc") is None and wheels is not None:
+        for toolkit in (Path(folder, "cu13") for folder in wheels.submodule_search_locations or ()):
+            if (toolkit / "bin" / "nvcc").is_file():
+                env["CUDA_HOME"] = str(toolkit)
+                # The wheels' nvcc is newer than the headers beside it, which CCCL refuses by default.
+                env["NVCC_PREPEND_FLAGS"] = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"
+    return env | variables
+
+
+class Server:
+    """One server process with everything it starts, as a context manager.
+
+    Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds.
+    """
+
+    def __init__(
+        self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str] | None = None, grace: float = 30.0
+    ):
+        self.url = f"http://127.0.0.1:{port}"
+        self._log, self._grace = log, grace
+        with log.open("wb") as output:
+            # A session of its own: Ctrl-C reaches us alone, and we stop the group.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_ready(self, timeout: float, progress: Callable[[float, str], None]) -> float:
+        """Waits for /health; calls `progress(seconds so far, last log line)` twice a second.
+
+        Returns the seconds it took. Raises ServerError if the process ends or `timeout` seconds pass.
+        """
+        start = time.monotonic()
+        while (waited := time.monotonic() - start) < timeout:
+            if (status := self._process.poll()) is not None:
+                raise self._error(f"the server ended with status {status} while starting")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return waited
+            lines = self._tail(1)
+            progress(waited, lines[-1] if lines else "")
+            time.sleep(0.5)
+        raise self._error(f"the server was not ready after {timeout:.0f} s")
+
+    def get(self, path: str) -> str:
+        """The body of a GET."""
+        with self._open(urllib.request.Request(self.url + path)) as response:
+            return response.read().decode()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON answer to a POST of JSON."""
+        with self._open(self._json_request(path, body)) as response:
+            return json.load(response)
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The JSON events of a streamed answer, as they come."""
+        with self._open(self._json_request(path, {**body, "stream": True})) as response:
+            for line in response:
+                data = line.decode().removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                if data:
+                    yield json.loads(data)
+
+    def stop(self) -> None:
+        """Stops the process group. Harmless when it is already gone."""
+        try:
+            if self._process.poll() is None:
+                # vLLM's front end ends its engine on SIGINT; signalling both at once would make them race.
+                self._process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(self._grace)
+        finally:  # also on a second Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    @staticmethod
+    def _tidy(line: str) -> str:
+        """A log line without vLLM's process prefix, colour codes and date."""
+        line = re.sub(r"\x1b\[[0-9;]*m", "", line)
+        line = re.sub(r"^\([\w.]+ pid=\d+\)\s*", "", line)
+        return re.sub(r"^(INFO|WARNING|ERROR) [\d-]+ [\d:]+ ", r"\1 ", line).rstrip()
+
+    def _tail(self, count: int) -> list[str]:
+        with self._log.open("rb") as log:
+            log.seek(max(0, self._log.stat().st_size - 65536))
+            text = log.read().decode(errors="replace")
+        # Progress bars rewrite their line; only what they last said counts.
+        lines = (self._tidy(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n"))
+        return [line for line in lines if line][-count:]
+
+    def _error(self, what: str) -> ServerError:
+        return ServerError("\n".join([f"{what}; its log ends with", *("  " + line for line in self._tail(TAIL_LINES))]))
+
+    @contextlib.contextmanager
+    def _open(self, request: urllib.request.Request) -> Iterator[http.client.HTTPResponse]:
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                yield response
+        except urllib.error.HTTPError as error:
+            detail = error.read().decode(errors="replace")
+            raise self._error(f"{request.full_url} answered {error.code} {detail}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise self._error(f"{request.full_url} did not answer: {error}") from error
+
+    def _json_request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
+        return urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
