@@ -5,8 +5,8 @@
 //
 // for `next_n` query rows per request ("group") against the request's paged FP8 keys, each key read
 // from memory once. Persistent: a CTA walks its share of the plan (schedule.cuh) and deals its
-// 64-token tiles out to three lanes in turn. A lane is a producer warp, a ring of shared-memory
-// stages and a consumer warpgroup; one lane's tensor-core work covers the others' arithmetic. A
+// 64-token tiles out to three pipes in turn. A pipe is a producer warp, a ring of shared-memory
+// stages and a consumer warpgroup; one pipe's tensor-core work covers the others' arithmetic. A
 // fourth producer warp fetches the queries, for the group at hand and the one after it.
 //
 // The tile is wgmma's A operand (tokens along M), the queries are B, 64 columns (64 / heads rows) a
@@ -30,16 +30,16 @@ struct Config {
   static constexpr int kQueryBytes = kHeads * kHeadDim;                      // of one row
   static constexpr int kQuerySlots = 2;                                      // groups whose queries are resident
 
-  static constexpr int kLanes = 3;
-  static constexpr int kThreads = kLanes * 128 + 128;                        // consumers, then the producers
+  static constexpr int kPipes = 3;
+  static constexpr int kThreads = kPipes * 128 + 128;                        // consumers, then the producers
   static constexpr int kConsumerRegisters = 160;                             // 3 * 160 + 32 = 4 * 128
   static constexpr int kProducerRegisters = 32;
 
   static constexpr int kTileBytes = kTileTokens * kHeadDim;
   static constexpr int kSharedBytes = 227 * 1024;                            // of a CTA, at most
   static constexpr int kFixedBytes = kQuerySlots * (kUnits * kUnitColumns * kHeadDim + kNextN * kHeads * 4) + 2048;
-  static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kLanes * (kTileBytes + kTileTokens * 4));
-  static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;    // of a lane
+  static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kPipes * (kTileBytes + kTileTokens * 4));
+  static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;    // of a pipe
 };
 
 // What the consumers are told about a segment, the next run of tiles.
@@ -49,27 +49,29 @@ struct SegmentInfo {
   int32_t lens[kNextN];
 };
 
+// Each pipe has a ring of its own. In a common ring a stage's rounds would go to different consumers,
+// and a phase bit tells a round only from the next: one that skips rounds can mistake an old for its own.
 template <typename C>
 struct SharedMemory {
-  alignas(1024) uint8_t tile[C::kLanes][C::kStages][C::kTileBytes];
+  alignas(1024) uint8_t tile[C::kPipes][C::kStages][C::kTileBytes];
   alignas(1024) uint8_t query[C::kQuerySlots][C::kUnits * C::kUnitColumns * kHeadDim];
-  alignas(16) float k_scale[C::kLanes][C::kStages][kTileTokens];
+  alignas(16) float k_scale[C::kPipes][C::kStages][kTileTokens];
   alignas(16) float weights[C::kQuerySlots][C::kNextN * C::kHeads];
   SegmentInfo<C::kNextN> segment[C::kQuerySlots];
-  hopper::Barrier tile_full[C::kLanes][C::kStages], tile_empty[C::kLanes][C::kStages];
+  hopper::Barrier tile_full[C::kPipes][C::kStages], tile_empty[C::kPipes][C::kStages];
   hopper::Barrier query_full[C::kQuerySlots], query_empty[C::kQuerySlots];
 };
 
-// Deals a CTA's tiles out to the lanes in turn, across segments.
-template <int kLanes>
+// Deals a CTA's tiles out to the pipes in turn, across segments.
+template <int kPipes>
 struct Turn {
-  int lane;
-  int first = 0;  // the lane that takes the next segment's first tile
+  int pipe;
+  int first = 0;  // the pipe that takes the next segment's first tile
 
-  // Returns how many tiles of a segment precede this lane's first one.
+  // Returns how many tiles of a segment precede this pipe's first one.
   __device__ __forceinline__ int32_t take(int32_t tiles_in_segment) {
-    const int32_t skip = (lane - first + kLanes) % kLanes;
-    first = (first + tiles_in_segment) % kLanes;
+    const int32_t skip = (pipe - first + kPipes) % kPipes;
+    first = (first + tiles_in_segment) % kPipes;
     return skip;
   }
 };
@@ -121,14 +123,14 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
 
 // One warp: all threads fetch block-table entries, one issues the copies.
 template <typename C>
-__device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, SharedMemory<C>& shared, int lane) {
+__device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, SharedMemory<C>& shared, int pipe) {
   constexpr uint64_t kStream = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);  // read once
-  const int thread = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const int pages_per_tile = kTileTokens / p.page_size;
   const int page_bytes = p.page_size * kHeadDim;
 
   hopper::RingPosition<C::kStages> stage;
-  Turn<C::kLanes> turn{lane};
+  Turn<C::kPipes> turn{pipe};
   Walk walk(reinterpret_cast<const PlanRow*>(p.plan)[blockIdx.x], p.groups);
 
   while (!walk.done()) {
@@ -138,25 +140,25 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
     // Pages that hold tokens of this group: nothing past them is named, so nothing past them is read.
     const int32_t num_pages = min(longest / p.page_size + (longest % p.page_size != 0), p.block_table_width);
 
-    for (int32_t t = turn.take(segment.num_tiles); t < segment.num_tiles; t += 32 * C::kLanes) {
-      // Thread i fetches the ids of the lane's i-th tile from here on: a page of 64 tokens or two of 32.
-      const bool mine = t + thread * C::kLanes < segment.num_tiles;
-      const int32_t my_page = (segment.first_tile + t + thread * C::kLanes) * pages_per_tile;
+    for (int32_t t = turn.take(segment.num_tiles); t < segment.num_tiles; t += 32 * C::kPipes) {
+      // Lane i fetches the ids of the pipe's i-th tile from here on: a page of 64 tokens or two of 32.
+      const bool mine = t + lane * C::kPipes < segment.num_tiles;
+      const int32_t my_page = (segment.first_tile + t + lane * C::kPipes) * pages_per_tile;
       const int32_t my_pages = mine ? max(0, min(pages_per_tile, num_pages - my_page)) : 0;
       const int32_t my_first = my_pages > 0 ? block_table[my_page] : 0;
       const int32_t my_second = my_pages > 1 ? block_table[my_page + 1] : 0;
-      const int32_t tiles_here = min(32, (segment.num_tiles - t + C::kLanes - 1) / C::kLanes);
+      const int32_t tiles_here = min(32, (segment.num_tiles - t + C::kPipes - 1) / C::kPipes);
 #pragma unroll 1
       for (int i = 0; i < tiles_here; ++i) {
         const int32_t pages = __shfl_sync(~0u, my_pages, i);
         const int32_t first = __shfl_sync(~0u, my_first, i), second = __shfl_sync(~0u, my_second, i);
-        shared.tile_empty[lane][stage.stage].wait(stage.phase ^ 1);
+        shared.tile_empty[pipe][stage.stage].wait(stage.phase ^ 1);
         if (cute::elect_one_sync()) {
-          hopper::Barrier& full = shared.tile_full[lane][stage.stage];
+          hopper::Barrier& full = shared.tile_full[pipe][stage.stage];
           full.arrive_and_expect_tx(pages * p.page_size * (kHeadDim + 4));
           auto* barrier = reinterpret_cast<uint64_t*>(&full);
-          uint8_t* keys = shared.tile[lane][stage.stage];
-          float* scales = shared.k_scale[lane][stage.stage];
+          uint8_t* keys = shared.tile[pipe][stage.stage];
+          float* scales = shared.k_scale[pipe][stage.stage];
           const auto load_page = [&](int32_t id, uint8_t* page_keys, float* page_scales) {
             cute::SM90_TMA_LOAD_3D::copy(&kv_map, barrier, kStream, page_keys, 0, 0, id);
             cute::SM90_BULK_COPY_G2S::copy(p.kv_cache + id * p.page_stride + page_bytes, barrier, page_scales,
@@ -173,7 +175,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Consumers: a warpgroup a lane. Its thread (warp, i = thread / 4, c = thread % 4) holds, of every unit,
+// Consumers: a warpgroup a pipe. Of every unit its thread (warp, i = lane / 4, c = lane % 4) holds
 // tokens 16 warp + i and + 8 and columns 8j + 2c, 8j + 2c + 1 (hopper.cuh).
 // ---------------------------------------------------------------------------------------------
 template <typename C>
@@ -186,11 +188,11 @@ struct Consumer {
 
   const LogitsParams& p;
   SharedMemory<C>& shared;
-  const int lane;
-  const int thread = threadIdx.x % 32;  // of the warp
+  const int pipe;
+  const int lane = threadIdx.x % 32;  // of the warp
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
-  // After the reduction threads c = 0, 2 hold token i of the warp's sixteen and c = 1, 3 token i + 8.
-  const int token = warp * 16 + thread / 4 + (thread & 1) * 8;
+  // After the reduction lanes c = 0, 2 hold token i of the warp's sixteen and c = 1, 3 token i + 8.
+  const int token = warp * 16 + lane / 4 + (lane & 1) * 8;
 
   hopper::RingPosition<C::kStages> stage;  // of the next tile
   float sums[2][32];                       // accumulators of two units
@@ -198,12 +200,12 @@ struct Consumer {
   const int32_t* lens;                     // of the group's rows, in shared memory
   float* logits;                           // of this thread's token of the tile being scored, first row
 
-  __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int lane_) : p(params), shared(s), lane(lane_) {}
+  __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int pipe_) : p(params), shared(s), pipe(pipe_) {}
 
   __device__ __forceinline__ Tile load_tile() {
-    shared.tile_full[lane][stage.stage].wait(stage.phase);
-    const Tile t{hopper::Operand(shared.tile[lane][stage.stage]), &shared.tile_empty[lane][stage.stage],
-                 shared.k_scale[lane][stage.stage][token]};
+    shared.tile_full[pipe][stage.stage].wait(stage.phase);
+    const Tile t{hopper::Operand(shared.tile[pipe][stage.stage]), &shared.tile_empty[pipe][stage.stage],
+                 shared.k_scale[pipe][stage.stage][token]};
     stage.advance();
     return t;
   }
@@ -240,9 +242,9 @@ struct Consumer {
       }
       // Over the four threads that share the tokens; in the first step each keeps one token.
       const float a = low[0] + low[1], b = high[0] + high[1];
-      float sum = (thread & 1 ? b : a) + __shfl_xor_sync(~0u, thread & 1 ? a : b, 1);
+      float sum = (lane & 1 ? b : a) + __shfl_xor_sync(~0u, lane & 1 ? a : b, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if ((thread & 2) == 0 && position < lens[row]) logits[row * p.logits_stride] = sum * t.k_scale;
+      if ((lane & 2) == 0 && position < lens[row]) logits[row * p.logits_stride] = sum * t.k_scale;
     }
   }
 
@@ -266,26 +268,26 @@ struct Consumer {
           start(next, following, queries, 0);
           cute::warpgroup_wait<1>();
         }
-        if (thread == 0) t.empty->arrive();
+        if (lane == 0) t.empty->arrive();
       }
       finish(current, t, unit, position);
     }
-    position += C::kLanes * kTileTokens;
-    logits += C::kLanes * kTileTokens;
+    position += C::kPipes * kTileTokens;
+    logits += C::kPipes * kTileTokens;
     return following;
   }
 
   __device__ __forceinline__ void run() {
     constexpr int kFlip = C::kUnits % 2;  // an odd number of units swaps the accumulators from tile to tile
     hopper::RingPosition<C::kQuerySlots> queries;
-    Turn<C::kLanes> turn{lane};
+    Turn<C::kPipes> turn{pipe};
     for (;; queries.advance()) {
       shared.query_full[queries.stage].wait(queries.phase);
       const SegmentInfo<C::kNextN>& info = shared.segment[queries.stage];
       const int32_t tiles_in_segment = info.num_tiles;
       if (tiles_in_segment == 0) return;
       const int32_t skip = turn.take(tiles_in_segment);
-      int32_t left = (tiles_in_segment - skip + C::kLanes - 1) / C::kLanes;
+      int32_t left = (tiles_in_segment - skip + C::kPipes - 1) / C::kPipes;
       if (left > 0) {
         int32_t position = (info.first_tile + skip) * kTileTokens + token;
         const hopper::Operand operand(shared.query[queries.stage]);
@@ -295,7 +297,7 @@ struct Consumer {
         for (int r = 0; r < C::kNextN; ++r) {
 #pragma unroll
           for (int j = 0; j < C::kWeights; ++j) {
-            const float* column = &shared.weights[queries.stage][r * C::kHeads + 8 * j + 2 * (thread % 4)];
+            const float* column = &shared.weights[queries.stage][r * C::kHeads + 8 * j + 2 * (lane % 4)];
             weights[r][j] = *reinterpret_cast<const float2*>(column);
           }
         }
@@ -313,7 +315,7 @@ struct Consumer {
         }
       }
       __syncwarp();
-      if (thread == 0) shared.query_empty[queries.stage].arrive();
+      if (lane == 0) shared.query_empty[queries.stage].arrive();
     }
   }
 };
@@ -326,15 +328,15 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
   auto& shared = *reinterpret_cast<SharedMemory<C>*>(shared_bytes);
 
   if (threadIdx.x == 0) {
-    for (int lane = 0; lane < C::kLanes; ++lane) {
+    for (int pipe = 0; pipe < C::kPipes; ++pipe) {
       for (int s = 0; s < C::kStages; ++s) {
-        shared.tile_full[lane][s].init(1);
-        shared.tile_empty[lane][s].init(4);  // warps of a consumer
+        shared.tile_full[pipe][s].init(1);
+        shared.tile_empty[pipe][s].init(4);  // warps of a consumer
       }
     }
     for (int s = 0; s < C::kQuerySlots; ++s) {
       shared.query_full[s].init(1);
-      shared.query_empty[s].init(C::kLanes * 4);
+      shared.query_empty[s].init(C::kPipes * 4);
     }
     cutlass::arch::fence_barrier_init();
     if (blockIdx.x == 0) atomicAdd(launch_count, 1ull);
@@ -342,10 +344,10 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
   __syncthreads();
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (warpgroup == C::kLanes) {
+  if (warpgroup == C::kPipes) {
     cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
-    if (warp < C::kLanes) {
+    if (warp < C::kPipes) {
       produce_tiles<C>(p, kv_map, shared, warp);
     } else {
       produce_queries<C>(p, q_map, shared);
