@@ -268,6 +268,7 @@ struct Consumer {
           start(next, following, queries, 0);
           cute::warpgroup_wait<1>();
         }
+        __syncwarp();  // all lanes have their k_scale
         if (lane == 0) t.empty->arrive();
       }
       finish(current, t, unit, position);
