@@ -29,7 +29,7 @@ uv=$(find_uv "$PWD/.venv/setup" "$python") ||
   fail "found neither uv nor a Python from 3.10 to 3.13 with pip: install one of them"
 # Without a suitable Python, uv downloads one.
 [ -x .venv/bin/python ] || "$uv" venv -q --allow-existing --seed --python "${python:-3.12}" .venv ||
-  fail "found no suitable Python from 3.10 to 3.13, and uv could not download one: install python3.12 and python3.12-dev"
+  fail "could not make .venv with ${python:-a Python 3.12 that uv downloads}, see above (a Python: install python3.12 and python3.12-dev)"
 "$uv" pip install --python .venv/bin/python "${packages[@]}"
 # pip, not uv: its isolated build sees the PyTorch and nvcc that .venv has.
 .venv/bin/python -m pip install -q --disable-pip-version-check --force-reinstall --no-deps .
