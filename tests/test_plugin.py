@@ -356,6 +356,24 @@ def test_step_shorter_than_next_n_is_native(schedules: list[Any], query: int) ->
     assert decode.schedule_metadata[:, 2].sum() == 4 + 5
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_ragged_step_is_flattened(schedules: list[Any], tokens: int) -> None:
+    """Requests of unequal query lengths: a row each, with the request's table; then native again."""
+    config = make_config(tokens)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    step = make_step([200, 300, 64], [2, 1, 2])
+    decode = builder.build(0, step).decode
+    assert decode.seq_lens.tolist() == [[199], [200], [300], [63], [64]]
+    table = step.block_table_tensor
+    assert table.shape[1] > config.model_config.max_model_len // 64  # wider than the buffer that 0.26 makes
+    assert torch.equal(decode.block_table, table[[0, 0, 1, 2, 2]])
+    assert decode.decode_lens.tolist() == [1] * 5 and not decode.requires_padding
+    assert torch.equal(decode.schedule_metadata, vllm_mqa_sm90.plan(decode.seq_lens, num_sms=NUM_SMS))
+    uniform = make_step([200, 300], [2, 2])
+    assert builder.build(0, uniform).decode.block_table.data_ptr() == uniform.block_table_tensor.data_ptr()
+    assert not schedules
+
+
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_plan_follows_the_step(schedules: list[Any], tokens: int) -> None:
     """The plan's address stays, as CUDA graphs need; its contents are the last step's."""

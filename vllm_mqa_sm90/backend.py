@@ -8,6 +8,7 @@ shape then tells the custom op, layer by layer, whose kernel the step is for.
 
 import functools
 import importlib.metadata
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -145,9 +146,32 @@ def make_backend() -> type:
                 self.num_speculative_tokens + 1,
             )
 
-        def build(self, *args: Any, **kwargs: Any) -> Any:
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            if self.refusal is None:
+                # vLLM's native path is right for uniform steps alone: of others it pads the queries, but neither
+                # the weights nor the lengths. Its flattened path is right for all.
+                self.use_flattening = self._is_ragged(common_attn_metadata.query_start_loc_cpu)
+                if self.use_flattening:
+                    self._fit_expanded_block_table(common_attn_metadata.block_table_tensor)
             with self._turn():
-                return super().build(*args, **kwargs)
+                return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+        def _is_ragged(self, query_start_loc: torch.Tensor) -> bool:
+            """Whether the step's decode requests, which come first, bring unequal numbers of query tokens.
+
+            Requests without any after the last one with some are a CUDA graph's padding, and do not count.
+            """
+            counts = query_start_loc.diff().tolist()
+            decodes = list(itertools.takewhile(lambda count: count <= self.num_speculative_tokens + 1, counts))
+            while decodes and decodes[-1] == 0:
+                decodes.pop()
+            return len(set(decodes)) > 1
+
+        def _fit_expanded_block_table(self, block_table: torch.Tensor) -> None:
+            """Before 0.29 vLLM's buffer may be a column narrower than its block table, and flattening fails."""
+            rows, columns = self.expanded_block_table_buffer.shape
+            if columns != block_table.shape[1]:
+                self.expanded_block_table_buffer = block_table.new_zeros((rows, block_table.shape[1]))
 
         def update_draft_decode_metadata(self, metadata: Any) -> None:
             with self._turn():

@@ -123,14 +123,26 @@ SEAMS = (
     ),
     Seam(
         f"{STOCK_BUILDER}.__init__",
-        "makes the attributes that our builder changes: the schedule's buffer and whether to flatten",
-        uses=("num_sms", "scheduler_metadata_buffer", "use_flattening", "num_speculative_tokens"),
+        "makes the attributes that our builder reads and changes: the buffers and whether to flatten",
+        uses=(
+            "num_sms",
+            "scheduler_metadata_buffer",
+            "expanded_block_table_buffer",
+            "use_flattening",
+            "num_speculative_tokens",
+        ),
     ),
     Seam(
         f"{STOCK_BUILDER}.build",
         "copies the schedule into its buffer; native steps bring lengths [B, next_n] and no expanded block table",
         parameters=("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
-        uses=("get_paged_mqa_logits_metadata", "scheduler_metadata_buffer", "use_flattening"),
+        uses=(
+            "get_paged_mqa_logits_metadata",
+            "scheduler_metadata_buffer",
+            "use_flattening",
+            "query_start_loc_cpu",
+            "block_table_tensor",
+        ),
     ),
     Seam(
         f"{STOCK_BUILDER}.build",
