@@ -148,8 +148,8 @@ def make_backend() -> type:
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             if self.refusal is None:
-                # vLLM's native path is right for uniform steps alone: of others it pads the queries, but neither
-                # the weights nor the lengths. Its flattened path is right for all.
+                # vLLM's native path is for uniform steps: of others, all requests after the first ones of equal
+                # length go through the prefill logits, which gather their whole contexts. Flattening reads less.
                 self.use_flattening = self._is_ragged(common_attn_metadata.query_start_loc_cpu)
                 if self.use_flattening:
                     self._fit_expanded_block_table(common_attn_metadata.block_table_tensor)
