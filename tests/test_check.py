@@ -57,12 +57,12 @@ def test_verdict_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def test_verdict_against(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(plugin, "problems", lambda: iter(["the moon", "[the] tide"]))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "20")  # cuts nothing
     assert run() == 1
     out = capsys.readouterr().out
     assert "The plugin would not take over here:\n- the moon\n- [the] tide\n" in out
     for seam in seams.applying(seams.release()):
-        assert seam.path in out
+        assert f"- {seam.path}: as expected\n" in out
 
 
 def test_difference_in_vllm_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +71,8 @@ def test_difference_in_vllm_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: py
     (seam,) = json.loads(capsys.readouterr().out)["seams"]
     assert (seam["path"], seam["why"]) == ("vllm.gone:function", "calls it")
     assert "ModuleNotFoundError" in seam["problem"]
+    assert run() == 1
+    assert f"- {seam['problem']}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("off", "MQA_SM90 is off"), ("yes", "given 'yes'")])

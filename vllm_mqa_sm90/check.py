@@ -9,8 +9,6 @@ import sys
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from vllm_mqa_sm90 import backend, plugin, seams
 
@@ -53,26 +51,28 @@ def _gpus() -> list[dict[str, str]]:
     return [dict(zip(fields, map(str.strip, line.split(",")), strict=True)) for line in output.splitlines()]
 
 
-def _show(report: dict[str, Any], console: Console) -> None:
-    facts = Table(show_header=False, box=None)
+def _show(report: dict[str, Any]) -> None:
+    """Line by line, as long as they come: what is piped is whole and can be searched."""
     for gpu in report["gpus"]:
-        facts.add_row("GPU", f"{gpu['name']}, compute capability {gpu['compute_cap']}, driver {gpu['driver_version']}")
+        _fact("GPU", f"{gpu['name']}, compute capability {gpu['compute_cap']}, driver {gpu['driver_version']}")
     if not report["gpus"]:
-        facts.add_row("GPU", "none (nvidia-smi lists none)")
+        _fact("GPU", "none (nvidia-smi lists none)")
     for name, version in report["versions"].items():
-        facts.add_row(name, version or "none")
-    console.print(facts)
+        _fact(name, version or "none")
     if report["seams"]:
-        table = Table("place in vLLM", "as expected")
-        for seam in report["seams"]:
-            table.add_row(seam["path"], seam["problem"] or "yes")
-        console.print(table)
+        print("\nplaces in vLLM that the plugin knows:")
+    for seam in report["seams"]:
+        print(f"- {seam['problem'] or seam['path'] + ': as expected'}")
     if not report["reasons"]:
-        console.print("The plugin would take over the sparse indexer's decode here.")
+        print("\nThe plugin would take over the sparse indexer's decode here.")
         return
-    console.print("The plugin would not take over here:")
+    print("\nThe plugin would not take over here:")
     for reason in report["reasons"]:
-        console.print(f"- {reason}", markup=False)
+        print(f"- {reason}")
+
+
+def _fact(name: str, value: str) -> None:
+    print(f"{name:<15}{value}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report, indent=2))
     else:
-        _show(report, Console())
+        _show(report)
     return 1 if report["reasons"] else 0
 
 
