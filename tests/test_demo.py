@@ -97,6 +97,14 @@ def test_acceptance_by_position() -> None:
     assert demo.acceptance("# nothing drafted\n") == []
 
 
+def test_progress_without_a_terminal_is_a_line_each_time() -> None:
+    out = Console(file=io.StringIO(), width=40)
+    with demo.waiting(out, "starting") as progress:
+        for seconds, detail in (1, "early"), (15, ""), (20, "soon"), (30, "[it] " * 20), (45, "long " * 200):
+            progress(seconds, detail)
+    assert out.file.getvalue() == f"starting\n  15 s\n  30 s  {('[it] ' * 20).strip()}\n  45 s  {'long ' * 23}long…\n"
+
+
 def test_free_port_is_free() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", server.free_port()))
@@ -136,7 +144,43 @@ def test_failed_start_shows_the_end_of_the_log(tmp_path: Path) -> None:
             ready(running)
     message = str(failure.value)
     assert message.startswith("the server ended with status 1 while starting; its log ends with\n")
-    assert message.endswith("  line 99\n  out of memory") and "line 50\n" not in message
+    assert message.endswith("\n  line 99\n  out of memory") and "line 50\n" not in message
+
+
+ENGINE_FAILURE = """\
+(APIServer pid=6) INFO 11-23 04:42:11 [core_client.py:90] waiting for the engine
+(EngineCore pid=7) ERROR 11-23 04:43:00 [core.py:1332] EngineCore failed to start.
+(EngineCore pid=7) ERROR 11-23 04:43:00 [core.py:1332] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-23 04:43:00 [core.py:1332]   File "core.py", line 4, in run
+(EngineCore pid=7) ERROR 11-23 04:43:00 [core.py:1332]     check(config)
+(APIServer pid=6) INFO 11-23 04:43:00 [core_client.py:90] waiting for the engine
+(EngineCore pid=7) ERROR 11-23 04:43:00 [core.py:1332] pydantic.ValidationError: 1 error for Config
+(EngineCore pid=7) ERROR 11-23 04:43:00 [core.py:1332]   the pages are too few
+(EngineCore pid=7) Process EngineCore:
+"""
+CONSEQUENCE = """\
+(APIServer pid=6) Traceback (most recent call last):
+(APIServer pid=6)   File "api.py", line 9, in main
+(APIServer pid=6)     start()
+(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+@pytest.mark.parametrize("lines_between", [0, 50])
+def test_failed_start_shows_its_first_error(tmp_path: Path, lines_between: int) -> None:
+    (tmp_path / "text").write_text(ENGINE_FAILURE + "line\n" * lines_between + CONSEQUENCE)
+    program = f"print(open({str(tmp_path / 'text')!r}).read()); raise SystemExit(1)"
+    with Server([sys.executable, "-c", program], server.free_port(), tmp_path / "log") as running:
+        with pytest.raises(ServerError) as failure:
+            ready(running)
+    message = str(failure.value)
+    assert message.count("pydantic.ValidationError: 1 error for Config") == 1
+    assert message.endswith("    start()\n  RuntimeError: Engine core initialization failed. See root cause above.")
+    if lines_between:
+        start, _, rest = message.partition("\n")
+        assert start == "the server ended with status 1 while starting; the first error in its log is"
+        cause = "  pydantic.ValidationError: 1 error for Config\n    the pages are too few\nand it ends with\n  line\n"
+        assert rest.startswith(cause)
 
 
 def test_slow_start_ends_at_the_timeout_and_shows_progress(tmp_path: Path) -> None:
@@ -189,7 +233,8 @@ def test_demo_against_a_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = console()
     assert demo.run_on_gpu(out, tmp_path, 30, ["--enforce-eager"]) == status
     text = out.file.getvalue()
-    assert "completion: 48 tokens: kalemo tisu" in text
+    assert 'after "Native decoding on Hopper:": kalemo tisu (48 tokens)' in text
+    assert "keeps 2048: kalemo tisu (32 tokens)" in text
     assert "chat, streamed: kalemo tisu (48 tokens)" in text
     assert "8 requests at once: 512 tokens" in text
     assert "80.0% at position 1, 60.0% at position 2" in text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -62,9 +63,12 @@ def waiting(console: Console, what: str) -> Iterator[Callable[[float, str], None
     """Shows a spinner with seconds and a line of detail; without a terminal, a line every 15 s."""
     if console.is_terminal:
         with console.status(what) as status:
-            yield lambda seconds, detail: status.update(
-                f"{what}, {seconds:.0f} s  [dim]{escape(detail[: max(0, console.width - len(what) - 14)])}[/]"
-            )
+
+            def update(seconds: float, detail: str) -> None:
+                room = console.width - len(what) - 14
+                status.update(f"{what}, {seconds:.0f} s  [dim]{escape(_shortened(detail, room))}[/]")
+
+            yield update
         return
     console.print(what)
     shown = 0.0
@@ -73,9 +77,13 @@ def waiting(console: Console, what: str) -> Iterator[Callable[[float, str], None
         nonlocal shown
         if seconds - shown >= 15:
             shown = seconds
-            console.print(f"  {seconds:.0f} s  {escape(detail[:120])}")
+            console.print(f"  {seconds:.0f} s  {escape(_shortened(detail, 120))}".rstrip(), soft_wrap=True)
 
     yield show
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(0, length - 1)] + "…"
 
 
 def run_on_gpu(console: Console, directory: Path | None, timeout: float, arguments: list[str]) -> int:
@@ -105,9 +113,9 @@ def run_on_gpu(console: Console, directory: Path | None, timeout: float, argumen
         )  # fmt: skip
         # VLLM_SERVER_DEV_MODE opens /collective_rpc, over which the workers say what ran.
         env = environment(scratch, MQA_SM90="require", VLLM_SERVER_DEV_MODE="1")
-        console.print("MQA_SM90=require vllm serve " + " ".join(command[4:]), style="dim", soft_wrap=True)
+        console.print("MQA_SM90=require vllm serve " + shlex.join(command[4:]), style="dim", markup=False, soft_wrap=True)
         with Server(command, port, scratch / "server.log", env) as server:
-            with waiting(console, "starting vllm serve (compiles, captures CUDA graphs: minutes)") as progress:
+            with waiting(console, "starting vllm serve, which takes minutes") as progress:
                 seconds = server.wait_ready(timeout, progress)
             console.print(f"server ready at {server.url} after {seconds:.0f} s")
             before = _report(server)
@@ -125,10 +133,12 @@ def _ask(console: Console, server: Server) -> None:
         return server.post("/v1/completions", {**options, "prompt": prompt, "max_tokens": tokens})
 
     def show(title: str, text: str, tokens: int) -> None:
-        console.print(f"[bold]{title}[/] {tokens} tokens: {escape(text.strip())}")
+        console.print(f"[bold]{title}:[/] {escape(text.strip())} ({tokens} tokens)", soft_wrap=True)
 
-    answer = complete("Native decoding on Hopper:", 48)
-    show("completion:", answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
+    console.print("the answers (random weights speak gibberish):")
+    prompt = "Native decoding on Hopper:"
+    answer = complete(prompt, 48)
+    show(f'after "{prompt}"', answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
 
     chat = {**options, "messages": [{"role": "user", "content": "Say something."}], "max_tokens": 48}
     console.print("[bold]chat, streamed:[/] ", end="")
@@ -143,7 +153,7 @@ def _ask(console: Console, server: Server) -> None:
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(100, 16000, (length,), generator=generator).tolist() for length in (6000, *[500] * 8)]
     answer = complete(prompts[0], 32)
-    show("after 6000 tokens, of which the indexer keeps 2048:", answer["choices"][0]["text"], 32)
+    show("after 6000 tokens, of which the indexer keeps 2048", answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda prompt: complete(prompt, 64), prompts[1:]))
     console.print(f"[bold]8 requests at once:[/] {sum(each['usage']['completion_tokens'] for each in answers)} tokens")
@@ -168,7 +178,8 @@ def _prove(console: Console, before: dict[str, Any], after: dict[str, Any], acce
     console.print(table)
     console.print(
         f"Random weights draft at random: acceptance is vLLM's synthetic one, set to {ACCEPTANCE_RATES}. "
-        "Launches are counted on the GPU, so CUDA-graph replays count too."
+        "Launches are counted on the GPU, so CUDA-graph replays count too; "
+        "those at next_n=1 are the MTP layer's, which drafts its second token alone."
     )
     if after["taken_over"] and launches.get(str(SPECULATIVE_TOKENS + 1), 0) > 0 and accepted:
         console.print(f"decode steps ran natively at next_n={SPECULATIVE_TOKENS + 1}", style="green")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ TAIL_LINES = 30
 
 
 class ServerError(Exception):
-    """The server did not start, died, or refused a request; the message ends with its log's tail."""
+    """The server did not start, died, or refused a request; the message has its log's first error and tail."""
 
 
 def free_port() -> int:
@@ -70,13 +71,21 @@ class Server:
     """One server process with everything it starts, as a context manager.
 
     Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds.
+    A request fails when the server says nothing for `timeout` seconds.
     """
 
     def __init__(
-        self, command: Sequence[str], port: int, log: Path, env: Mapping[str, str] | None = None, grace: float = 30.0
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        grace: float = 30.0,
+        timeout: float = 600.0,
     ):
         self.url = f"http://127.0.0.1:{port}"
-        self._log, self._grace = log, grace
+        self._log, self._grace, self._timeout = log, grace, timeout
         with log.open("wb") as output:
             # A session of its own: Ctrl-C reaches us alone, and we stop the group.
             self._process = subprocess.Popen(
@@ -149,24 +158,41 @@ class Server:
     def _tidy(line: str) -> str:
         """A log line without vLLM's process prefix, colour codes and date."""
         line = re.sub(r"\x1b\[[0-9;]*m", "", line)
-        line = re.sub(r"^\([\w.]+ pid=\d+\)\s*", "", line)
+        line = re.sub(r"^\([\w.]+ pid=\d+\) ?", "", line)
         return re.sub(r"^(INFO|WARNING|ERROR) [\d-]+ [\d:]+ ", r"\1 ", line).rstrip()
 
-    def _tail(self, count: int) -> list[str]:
+    def _lines(self, last_bytes: int) -> list[str]:
         with self._log.open("rb") as log:
-            log.seek(max(0, self._log.stat().st_size - 65536))
+            log.seek(max(0, self._log.stat().st_size - last_bytes))
             text = log.read().decode(errors="replace")
         # Progress bars rewrite their line; only what they last said counts.
         lines = (self._tidy(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n"))
-        return [line for line in lines if line][-count:]
+        return [line for line in lines if line]
+
+    def _tail(self, count: int) -> list[str]:
+        return self._lines(1 << 16)[-count:]
+
+    def _cause(self) -> list[str]:
+        """The exception of the log's first traceback, often far above those that follow from it; [] without one."""
+        # vLLM logs its engine's tracebacks line by line, each with a prefix; other processes may log in between.
+        lines = (re.sub(r"^ERROR \[[^]]*\] ", "", line) for line in self._lines(1 << 24))
+        lines = (line for line in lines if not line.startswith(("INFO ", "WARNING ")))
+        after = itertools.dropwhile(lambda line: line != "Traceback (most recent call last):", lines)
+        exception = list(itertools.islice(itertools.dropwhile(lambda line: line.startswith((" ", "Traceback")), after), 5))
+        # What follows indented is still its message.
+        return exception[:1] + list(itertools.takewhile(lambda line: line.startswith(" "), exception[1:]))
 
     def _error(self, what: str) -> ServerError:
-        return ServerError("\n".join([f"{what}; its log ends with", *("  " + line for line in self._tail(TAIL_LINES))]))
+        tail, cause = self._tail(TAIL_LINES), self._cause()
+        parts = [(f"{what}; its log ends with", tail)]
+        if cause and not any(line.endswith(cause[0]) for line in tail):
+            parts = [(f"{what}; the first error in its log is", cause), ("and it ends with", tail)]
+        return ServerError("\n".join("\n  ".join([title, *lines]) for title, lines in parts))
 
     @contextlib.contextmanager
     def _open(self, request: urllib.request.Request) -> Iterator[http.client.HTTPResponse]:
         try:
-            with urllib.request.urlopen(request, timeout=600) as response:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 yield response
         except urllib.error.HTTPError as error:
             detail = error.read().decode(errors="replace")
