@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker extension that runs DeepGEMM beside our kernel, on the same inputs, in each decode step of a server.
+
+`--worker-extension-cls comparing_worker.Extension`; for eager servers, as nothing here may run in a CUDA graph.
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import torch
+
+from vllm_mqa_sm90 import ops, seams
+from vllm_mqa_sm90.backend import WorkerExtension
+
+TOP_K = 2048
+"""Tokens that the indexer keeps: index_topk of the checkpoint."""
+
+
+@dataclasses.dataclass
+class Agreement:
+    """Of rows of logits with theirs. A NaN anywhere stays one.
+
+    Attributes:
+        rows: compared.
+        difference: largest |ours - theirs| / |theirs| (2-norms) of a row.
+        gap: of the tokens that only one side keeps, the farthest from the last that they keep, in
+            standard deviations of the row's logits; 0 where both keep the same.
+    """
+
+    rows: int = 0
+    difference: float = 0.0
+    gap: float = 0.0
+
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        """One row, cut to its context's length."""
+        ours, theirs = ours.double(), theirs.double()
+        self.rows += 1
+        self.difference = _larger(self.difference, (ours - theirs).norm() / theirs.norm())
+        if len(theirs) > TOP_K:
+            last = theirs.topk(TOP_K).values[-1]
+            kept_once = _kept(ours) ^ _kept(theirs)
+            gaps = (theirs[kept_once] - last).abs() / theirs.std()
+            self.gap = _larger(self.gap, gaps.max() if len(gaps) else torch.tensor(0.0))
+
+
+def _larger(value: float, other: torch.Tensor) -> float:
+    return torch.maximum(torch.tensor(value, dtype=torch.float64), other.double().cpu()).item()  # keeps NaN
+
+
+def _kept(row: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(row, dtype=torch.bool).index_fill_(0, row.topk(TOP_K).indices, True)
+
+
+_agreements: dict[str, Agreement] = {}
+_steps = {"ragged": 0}
+
+
+class Extension(WorkerExtension):
+    def mqa_sm90_start_comparing(self) -> None:
+        """From the next step on."""
+        start_comparing()
+
+    def mqa_sm90_comparison(self) -> str:
+        """JSON: `ragged`, the batches whose decoding requests had unequal numbers of query tokens; `agreements`, of
+        the rows by `next_n/above` and `next_n/below`: contexts longer than `TOP_K`, and others."""
+        return json.dumps(_steps | {"agreements": {key: dataclasses.asdict(rows) for key, rows in _agreements.items()}})
+
+
+@functools.cache  # once
+def start_comparing() -> None:
+    seams.replace({seams.LOGITS: comparing(seams.resolve(seams.LOGITS))})
+    builder = seams.resolve(seams.STOCK_BUILDER)
+    builder.build = counting_ragged(builder.build)
+
+
+def comparing(ours: Any) -> Any:
+    """Our function in the place of DeepGEMM's, which also calls what it replaced, a request for each row."""
+    from vllm.utils import deep_gemm
+
+    @functools.wraps(ours)
+    def both(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options):
+        assert schedule_metadata.shape[1] == ops.plan_shape(1)[1], "this step is not for our kernel"
+        arguments = (kv_cache, weights, context_lens, block_tables, schedule_metadata)
+        result = ours(q, *arguments, max_model_len=max_model_len, **options)
+        requests, next_n = context_lens.shape
+        lengths = context_lens.view(-1, 1)
+        num_sms = torch.cuda.get_device_properties(kv_cache.device).multi_processor_count
+        expected = ours.__wrapped__(
+            (q[0].reshape(requests * next_n, 1, *q[0].shape[-2:]), None),
+            kv_cache,
+            weights,
+            lengths,
+            block_tables[:requests].repeat_interleave(next_n, 0),
+            deep_gemm.get_paged_mqa_logits_metadata(lengths, kv_cache.shape[1], num_sms),
+            max_model_len=max_model_len,
+            **options,
+        )
+        for row, length in enumerate(lengths.flatten().tolist()):
+            if length > 0:
+                key = f"{next_n}/{'above' if length > TOP_K else 'below'}"
+                _agreements.setdefault(key, Agreement()).add(result[row, :length], expected[row, :length])
+        return result
+
+    return both
+
+
+def counting_ragged(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
+        query_lens = common_attn_metadata.query_start_loc_cpu.diff()
+        decoding = query_lens[(query_lens > 0) & (query_lens <= self.num_speculative_tokens + 1)]
+        _steps["ragged"] += len(decoding.unique()) > 1
+        return stock(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
+
+    return build

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers of the installed vLLM, with the plugin and without: what they answer, and whose kernel they ran.
+
+Without a GPU: only that what compares the logits inside the servers notices differences.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comparing_worker
+import pytest
+import steps
+import torch
+from comparing_worker import TOP_K, Agreement
+from vllm.utils import deep_gemm
+
+from vllm_mqa_sm90 import ops, reference
+from vllm_mqa_sm90.checkpoint import make_checkpoint
+from vllm_mqa_sm90.server import Server, environment, free_port, vllm_serve
+
+MODEL = "small"
+CHUNK = 512  # tokens of a prompt in one step, where there are other requests
+START_SECONDS = 420
+REQUEST_SECONDS = 120
+TOLERANCE = 1e-6
+
+
+def serve(scratch: Path, name: str, k: int, mode: str, *arguments: str) -> Server:
+    """A server with `k` speculative tokens, taken from the greedy drafts of the model's own MTP layer."""
+    if k:
+        arguments += "--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": k})
+    port = free_port()
+    command = vllm_serve(
+        scratch / "model",
+        port,
+        "--served-model-name", MODEL,
+        # 257 pages with the plugin: stock flattening may fail at an odd number of them, and has 256.
+        "--max-model-len", "16384" if mode == "off" else "16416",
+        "--max-num-seqs", "8",
+        "--max-num-batched-tokens", "2048",
+        "--long-prefill-token-threshold", str(CHUNK),
+        "--no-enable-prefix-caching",
+        # Several servers share the GPU: none may take a part of it, or measure what others leave.
+        "--gpu-memory-utilization", "0.02",
+        "--kv-cache-memory-bytes", str(1 << 30),
+        "--worker-extension-cls", "comparing_worker.Extension",
+        *arguments,
+    )  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = environment(scratch, MQA_SM90=mode, VLLM_SERVER_DEV_MODE="1", PYTHONPATH=path)
+    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, Server]]:
+    """All of them, started together, as a start is mostly the CPU's work: plugin-k, stock-k, and k=2 with CUDA graphs."""
+    torch.cuda.empty_cache()  # what tests before this file's left
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
+        make_checkpoint(scratch / "model")
+        start = functools.partial(serve, scratch)
+        running = {"graphs-2": stack.enter_context(start("graphs-2", 2, "require"))}
+        for kind, mode in ("plugin", "require"), ("stock", "off"):
+            for k in range(4):
+                name = f"{kind}-{k}"
+                running[name] = stack.enter_context(start(name, k, mode, "--enforce-eager"))
+        with ThreadPoolExecutor(len(running)) as pool:
+            list(pool.map(lambda server: server.wait_ready(START_SECONDS, lambda *_: None), running.values()))
+        yield running
+
+
+def call(server: Server, method: str) -> Any:
+    return server.post("/collective_rpc", {"method": method})["results"][0]
+
+
+def completion(prompts: Any, tokens: int) -> dict[str, Any]:
+    options = {"model": MODEL, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return {**options, "prompt": prompts, "max_tokens": tokens}
+
+
+def complete(server: Server, prompts: Any, tokens: int) -> list[list[int]]:
+    """The greedy tokens after each prompt."""
+    return [choice["token_ids"] for choice in server.post("/v1/completions", completion(prompts, tokens))["choices"]]
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(300, 16000, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plugin-0", "plugin-1", "plugin-2", "plugin-3", "graphs-2"])
+def test_decodes_natively(servers: dict[str, Server], name: str) -> None:
+    server, k = servers[name], int(name[-1])
+    before = call(server, "mqa_sm90_report")
+    assert before["taken_over"] and before["num_speculative_tokens"] == k
+    assert len(before["layers"]) == (5 if k else 4)  # with the MTP layer
+    (tokens,) = complete(server, "Native decoding on Hopper:", 24)
+    assert len(tokens) == 24
+    launches = {n: count - before["launches"][n] for n, count in call(server, "mqa_sm90_report")["launches"].items()}
+    # Each step brings 1 to k + 1 tokens, in four layers at least.
+    assert launches[str(k + 1)] >= 4 * (23 // (k + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [200, 1500, 1990])
+@pytest.mark.parametrize("k", range(4))
+def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], k: int, length: int) -> None:
+    """Contexts that the indexer keeps whole, one request at a time.
+
+    Above `TOP_K` stock vLLM does not repeat its own tokens: its top k comes in an order that varies
+    from run to run, and the attention sums in that order. There the logits must agree.
+    """
+    pair = servers[f"stock-{k}"], servers[f"plugin-{k}"]
+    assert not call(pair[0], "mqa_sm90_report")["taken_over"]
+    with ThreadPoolExecutor(2) as pool:
+        (stock,), (plugin,) = pool.map(lambda server: complete(server, prompt(length), 40), pair)
+    assert length + len(stock) + k < TOP_K
+    assert plugin == stock
+    assert len(set(stock)) > 3, "so few different tokens prove nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", range(4))
+def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], k: int) -> None:
+    server = servers[f"plugin-{k}"]
+    call(server, "mqa_sm90_start_comparing")
+    for length in 200, 1500, 2040, 3000, 12000:
+        complete(server, prompt(length), 24)
+    agreements = json.loads(call(server, "mqa_sm90_comparison"))["agreements"]
+    assert min(agreements[f"{k + 1}/{part}"]["rows"] for part in ("below", "above")) > 100
+    for rows in agreements.values():
+        assert rows["difference"] <= TOLERANCE
+        assert rows["gap"] <= TOLERANCE
+
+
+@pytest.mark.gpu
+def test_requests_of_unequal_query_length_meet_in_a_step(servers: dict[str, Server]) -> None:
+    """A request decodes with 3 query tokens; the last 1 and 2 tokens of two others' prompts join it."""
+    server = servers["plugin-2"]
+    call(server, "mqa_sm90_start_comparing")
+    before = json.loads(call(server, "mqa_sm90_comparison"))["ragged"]
+    decoding = server.stream("/v1/completions", completion(prompt(300), 100))
+    tokens = next(decoding)["choices"][0]["token_ids"]
+    answers = complete(server, [prompt(CHUNK + 1), prompt(CHUNK + 2)], 8)
+    tokens += [token for event in decoding for choice in event["choices"] for token in choice["token_ids"]]
+    assert [len(tokens), *map(len, answers)] == [100, 8, 8]
+    comparison = json.loads(call(server, "mqa_sm90_comparison"))
+    assert comparison["ragged"] > before
+    assert all(rows["difference"] <= TOLERANCE for rows in comparison["agreements"].values())
+
+
+def test_agreement_notices() -> None:
+    theirs = torch.randn(TOP_K + 500, generator=torch.Generator().manual_seed(0))
+    order = theirs.argsort(descending=True)
+    last, next_one = order[TOP_K - 1], order[TOP_K]
+
+    same = Agreement()
+    same.add(theirs, theirs)
+    same.add(theirs[:10], theirs[:10])
+    assert same == Agreement(rows=2, difference=0.0, gap=0.0)
+
+    tie = Agreement()
+    theirs[next_one] = theirs[last]
+    ours = theirs.clone()
+    ours[last] -= 1e-7
+    ours[next_one] += 1e-7
+    tie.add(ours, theirs)
+    assert 0 < tie.difference <= TOLERANCE and tie.gap == 0
+
+    swapped = Agreement()
+    ours[order[0]], ours[order[-1]] = theirs[order[-1]], theirs[order[0]]
+    swapped.add(ours, theirs)
+    assert swapped.difference > 0.01 and swapped.gap > 1
+
+    broken = Agreement()
+    broken.add(torch.full_like(theirs, math.nan), theirs)
+    broken.add(theirs, theirs)
+    assert math.isnan(broken.difference)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.01])
+def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+    """Ours and theirs are the reference here; theirs gets a request for each row."""
+    step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [98, 99, 100]])
+    schedules = []
+
+    def schedule(context_lens: torch.Tensor, page: int, num_sms: int) -> torch.Tensor:
+        assert (context_lens.shape, page, num_sms) == ((9, 1), 64, 132)
+        schedules.append(torch.zeros(133, 2, dtype=torch.int32))
+        return schedules[-1]
+
+    def stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, indices=None):
+        assert schedule_metadata is schedules[-1] and q[0].shape[:2] == (9, 1)
+        return reference.paged_mqa_logits(
+            q[0], kv_cache, weights, context_lens, block_tables, max_context_len=max_model_len
+        )
+
+    @functools.wraps(stock)
+    def ours(q, *arguments, max_model_len, indices=None):
+        logits = reference.paged_mqa_logits(q[0], *arguments[:-1], max_context_len=max_model_len)
+        return logits * torch.linspace(1, 1 + error, len(logits)).unsqueeze(1)
+
+    monkeypatch.setattr(deep_gemm, "get_paged_mqa_logits_metadata", schedule)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(comparing_worker, "_agreements", {})
+    arguments = (*step.inputs()[1:], torch.zeros(ops.plan_shape(132), dtype=torch.int32))
+    logits = comparing_worker.comparing(ours)((step.q, None), *arguments, max_model_len=2300, indices=None)
+    assert logits.shape == (9, 2300)
+    found = json.loads(comparing_worker.Extension().mqa_sm90_comparison())["agreements"]
+    assert {key: rows["rows"] for key, rows in found.items()} == {"3/above": 3, "3/below": 3}
+    assert found["3/below"]["difference"] == pytest.approx(error, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("query_lens", "ragged"), [((3, 3), 0), ((3, 1), 1), ((3, 512), 0), ((3, 2, 512), 1), ((3, 0), 0)])
+def test_ragged_steps_are_counted(monkeypatch: pytest.MonkeyPatch, query_lens: tuple[int, ...], ragged: int) -> None:
+    monkeypatch.setattr(comparing_worker, "_steps", {"ragged": 0})
+    build = comparing_worker.counting_ragged(lambda self, common_prefix_len, common_attn_metadata: "built")
+    starts = torch.tensor([0, *query_lens]).cumsum(0)
+    metadata = SimpleNamespace(query_start_loc_cpu=starts)
+    assert build(SimpleNamespace(num_speculative_tokens=2), 0, common_attn_metadata=metadata) == "built"
+    assert json.loads(comparing_worker.Extension().mqa_sm90_comparison())["ragged"] == ragged
