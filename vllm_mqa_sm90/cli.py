@@ -5,7 +5,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_mqa_sm90 import check, checkpoint, demo
+from vllm_mqa_sm90 import bench, check, checkpoint, demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Native decode of DeepSeek Sparse Attention's indexer on Hopper, for vLLM.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (check, checkpoint, demo):
+    for module in (check, checkpoint, demo, bench):
         module.add_parser(subparsers)
     args = parser.parse_args(argv)
     return args.func(args)
