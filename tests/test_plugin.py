@@ -407,8 +407,11 @@ def test_compressed_cache_of_v4(schedules: list[Any]) -> None:
             lambda num_tokens, *_, out, **__: out[:num_tokens],
         )
         decode = builder.build(0, make_step([4096, 258], [3, 3])).decode
-    assert decode.seq_lens.tolist() == [[4094 // 4, 4095 // 4, 4096 // 4], [64, 64, 64]]
-    assert decode.schedule_metadata[:, 2].sum() == 16 + 1
+        assert decode.seq_lens.tolist() == [[4094 // 4, 4095 // 4, 4096 // 4], [64, 64, 64]]
+        assert decode.schedule_metadata[:, 2].sum() == 16 + 1
+        ragged = builder.build(0, make_step([4096, 258], [3, 1])).decode
+    assert ragged.seq_lens.tolist() == [[4094 // 4], [4095 // 4], [4096 // 4], [64]]
+    assert ragged.schedule_metadata[:, 2].sum() == 16 * 3 + 1
 
 
 def test_cudagraphs_hold_uniform_batches(schedules: list[Any]) -> None:
