@@ -22,9 +22,8 @@ struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
 
-  __device__ __forceinline__ void advance(int steps = 1) {
-    stage += steps;
-    if (stage >= kStages) {
+  __device__ __forceinline__ void advance() {
+    if (++stage >= kStages) {
       stage -= kStages;
       phase ^= 1;
     }

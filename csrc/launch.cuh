@@ -36,7 +36,7 @@ cudaError_t launch_variant(const LogitsParams& p, cudaStream_t stream) {
 
   const auto kernel = paged_mqa_logits_kernel<C>;
   constexpr int kSharedBytes = sizeof(SharedMemory<C>);
-  static_assert(kSharedBytes <= C::kSharedBytes);
+  static_assert(kSharedBytes <= C::kMaxSharedBytes);
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (status != cudaSuccess) return status;
   cudaLaunchConfig_t config{};

@@ -317,7 +317,7 @@ void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
     const PlanRow& row = rows[cta];
     require(row.group >= 0 && row.tile >= 0 && row.num_tiles >= 0, "plan", cta, "no negative number in any row");
     for (Walk walk(row, step.groups); !walk.done();) {
-      const Segment segment = walk.next(tiles_of_group(lens + int64_t{walk.group} * step.next_n, step.next_n));
+      const Segment segment = walk.next(tiles_of_group(lens, walk.group, step.next_n));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
         visits.insert(visits.end(), {cta, segment.group, segment.first_tile + i});
       }

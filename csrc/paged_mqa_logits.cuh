@@ -36,9 +36,9 @@ struct Config {
   static constexpr int kProducerRegisters = 32;
 
   static constexpr int kTileBytes = kTileTokens * kHeadDim;
-  static constexpr int kSharedBytes = 227 * 1024;                            // of a CTA, at most
+  static constexpr int kMaxSharedBytes = 227 * 1024;                         // of a CTA
   static constexpr int kFixedBytes = kQuerySlots * (kUnits * kUnitColumns * kHeadDim + kNextN * kHeads * 4) + 2048;
-  static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kPipes * (kTileBytes + kTileTokens * 4));
+  static constexpr int kStagesThatFit = (kMaxSharedBytes - kFixedBytes) / (kPipes * (kTileBytes + kTileTokens * 4));
   static constexpr int kStages = kStagesThatFit < 6 ? kStagesThatFit : 6;    // of a pipe
 };
 
@@ -90,7 +90,7 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
   while (!walk.done()) {
     const int32_t first_row = walk.group * C::kNextN;
     const int32_t* lens = p.context_lens + first_row;
-    const Segment segment = walk.next(tiles_of_group(lens, C::kNextN));
+    const Segment segment = walk.next(tiles_of_length(longest_of_group(lens, C::kNextN)));
     if (segment.num_tiles == 0) continue;
     shared.query_empty[slot.stage].wait(slot.phase ^ 1);
     if (cute::elect_one_sync()) {

@@ -23,7 +23,7 @@ plan_kernel(const int32_t* __restrict__ context_lens, int32_t groups, int32_t ne
   const int32_t end = min(begin + chunk, groups);
   int32_t tiles = 0;  // 2^31 tiles are 1.4e11 tokens
   for (int32_t g = begin; g < end; ++g) {
-    tiles += tiles_of_group(context_lens + static_cast<int64_t>(g) * next_n, next_n);
+    tiles += tiles_of_group(context_lens, g, next_n);
   }
   int32_t start, total;
   Scan(scan_storage).ExclusiveSum(tiles, start, total);
@@ -41,15 +41,9 @@ plan_kernel(const int32_t* __restrict__ context_lens, int32_t groups, int32_t ne
         const int32_t middle = (low + high + 1) / 2;
         if (chunk_start[middle] <= first) low = middle; else high = middle - 1;
       }
-      int32_t tile = first - chunk_start[low];
-      int32_t group = low * chunk;
-      for (;; ++group) {
-        const int32_t in_group = tiles_of_group(context_lens + static_cast<int64_t>(group) * next_n, next_n);
-        if (tile < in_group) break;
-        tile -= in_group;
-      }
-      row.group = group;
-      row.tile = tile;
+      row.group = low * chunk;
+      row.tile = first - chunk_start[low];
+      find_group(row, context_lens, next_n);
     }
     plan[cta] = row;
   }
@@ -69,22 +63,20 @@ cudaError_t launch_plan(const int32_t* context_lens, int32_t groups, int32_t nex
 
 void plan_on_host(const int32_t* context_lens, int32_t groups, int32_t next_n, int32_t* plan, int32_t num_ctas) {
   int64_t total = 0;
-  for (int32_t g = 0; g < groups; ++g) total += tiles_of_group(context_lens + static_cast<int64_t>(g) * next_n, next_n);
+  for (int32_t g = 0; g < groups; ++g) total += tiles_of_group(context_lens, g, next_n);
 
+  int32_t group = 0;  // of the CTA before
   int64_t group_start = 0;
-  int32_t group = 0;
   for (int32_t cta = 0; cta < num_ctas; ++cta) {
     const int64_t first = first_tile_of_cta(cta, total, num_ctas);
     const int64_t last = first_tile_of_cta(cta + 1, total, num_ctas);
     PlanRow row{0, 0, static_cast<int32_t>(last - first), 0};
     if (row.num_tiles > 0) {
-      for (;; ++group) {
-        const int32_t in_group = tiles_of_group(context_lens + static_cast<int64_t>(group) * next_n, next_n);
-        if (first - group_start < in_group) break;
-        group_start += in_group;
-      }
       row.group = group;
       row.tile = static_cast<int32_t>(first - group_start);
+      find_group(row, context_lens, next_n);
+      group = row.group;
+      group_start = first - row.tile;
     }
     reinterpret_cast<PlanRow*>(plan)[cta] = row;
   }

@@ -38,13 +38,23 @@ MQA_HOST_DEVICE int32_t tiles_of_length(int32_t length) {
   return length / kTileTokens + (length % kTileTokens != 0);
 }
 
-MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* lens, int32_t next_n) {
-  return tiles_of_length(longest_of_group(lens, next_n));
+// Of a group among others, whose rows follow one another in context_lens.
+MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, int32_t group, int32_t next_n) {
+  return tiles_of_length(longest_of_group(context_lens + static_cast<int64_t>(group) * next_n, next_n));
 }
 
 // First tile, on the line of all tiles, of CTA `cta`.
 MQA_HOST_DEVICE int64_t first_tile_of_cta(int32_t cta, int64_t total, int32_t num_ctas) {
   return cta * total / num_ctas;
+}
+
+// Moves row.group on to the group that tile `row.tile` of it lies in, and counts row.tile from there.
+MQA_HOST_DEVICE void find_group(PlanRow& row, const int32_t* context_lens, int32_t next_n) {
+  for (;; ++row.group) {
+    const int32_t in_group = tiles_of_group(context_lens, row.group, next_n);
+    if (row.tile < in_group) return;
+    row.tile -= in_group;
+  }
 }
 
 // A run of tiles of one group.
