@@ -8,8 +8,8 @@ import torch
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, reference
+from vllm_mqa_sm90.ops import TOKEN_BYTES
 
-TOKEN_BYTES = HEAD_DIM + 4
 NAN_BYTE = 0xFF  # NaN as FP8 E4M3, and four of them as FP32
 STALE_IDS = (-1, -(2**31), 2**31 - 1)  # never to be dereferenced
 

@@ -7,7 +7,6 @@ shape then tells the custom op, layer by layer, whose kernel the step is for.
 """
 
 import functools
-import importlib.metadata
 import itertools
 import os
 import weakref
@@ -18,11 +17,9 @@ from typing import Any
 
 import torch
 
-from vllm_mqa_sm90 import ops, seams
+from vllm_mqa_sm90 import machine, ops, seams
 
 MODES = ("auto", "require", "off")
-
-_CACHE_ROW_BYTES = ops.HEAD_DIM + 4  # a key of FP8 values and its float32 scale
 
 # The builder (or builder class, where only the configuration is asked for) whose code runs now.
 _building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
@@ -38,14 +35,6 @@ def mode() -> str:
     if given not in MODES:
         raise ValueError(f"MQA_SM90: expected one of {', '.join(MODES)}, given {given!r}")
     return given
-
-
-def version() -> str:
-    """Version of this package."""
-    try:
-        return importlib.metadata.version("vllm-mqa-sm90")
-    except importlib.metadata.PackageNotFoundError:
-        return "(source tree)"
 
 
 @functools.cache
@@ -103,10 +92,10 @@ def _cache_refusal(kv_cache_spec: Any) -> str | None:
     page = seams.page_size(kv_cache_spec)
     if page not in ops.PAGE_SIZES:
         return f"a cache page holds {page} keys; the kernel takes {', '.join(map(str, ops.PAGE_SIZES))}"
-    if (kv_cache_spec.head_size, kv_cache_spec.dtype) != (_CACHE_ROW_BYTES, torch.uint8):
+    if (kv_cache_spec.head_size, kv_cache_spec.dtype) != (ops.TOKEN_BYTES, torch.uint8):
         return (
             f"a cached key is {kv_cache_spec.head_size} x {kv_cache_spec.dtype}; "
-            f"the kernel takes {_CACHE_ROW_BYTES} x {torch.uint8}: FP8 values and their scale"
+            f"the kernel takes {ops.TOKEN_BYTES} x {torch.uint8}: FP8 values and their scale"
         )
     return None
 
@@ -281,7 +270,7 @@ def report() -> dict[str, Any]:
         "builders": len(native),
         "num_speculative_tokens": max((builder.num_speculative_tokens for builder in native), default=None),
         "launches": {str(next_n): count for next_n, count in ops.launch_counts().items()} if native else {},
-        "versions": {"vllm_mqa_sm90": version(), "vllm": seams.vllm_version(), "torch": str(torch.__version__)},
+        "versions": {"vllm_mqa_sm90": machine.version(), "vllm": seams.vllm_version(), "torch": str(torch.__version__)},
     }
 
 

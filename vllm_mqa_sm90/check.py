@@ -4,13 +4,12 @@
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 from typing import Any
 
 import torch
 
-from vllm_mqa_sm90 import backend, plugin, seams
+from vllm_mqa_sm90 import backend, machine, plugin, seams
 
 
 def examine() -> dict[str, Any]:
@@ -19,8 +18,8 @@ def examine() -> dict[str, Any]:
     `reasons` against taking over (empty: it would), and what they rest on: `versions` (None: not
     installed), `gpus`, `seams` with the `problem` of each (None: matches).
     """
-    versions = {"vllm_mqa_sm90": backend.version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    report: dict[str, Any] = {"reasons": [], "versions": versions, "gpus": _gpus(), "seams": []}
+    versions = {"vllm_mqa_sm90": machine.version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    report: dict[str, Any] = {"reasons": [], "versions": versions, "gpus": machine.gpus(), "seams": []}
     try:
         if backend.mode() == "off":
             report["reasons"].append("MQA_SM90 is off")
@@ -39,16 +38,6 @@ def examine() -> dict[str, Any]:
         for seam in (seams.applying(release) if release else ())
     ]
     return report
-
-
-def _gpus() -> list[dict[str, str]]:
-    fields = ("name", "compute_cap", "driver_version")
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [dict(zip(fields, map(str.strip, line.split(",")), strict=True)) for line in output.splitlines()]
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from rich.table import Table
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, checkpoint, reference
+from vllm_mqa_sm90.ops import TOKEN_BYTES
 from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, vllm_serve
 
 SPECULATIVE_TOKENS = 2
@@ -237,7 +238,7 @@ def _random_step(groups: int, next_n: int, heads: int) -> tuple[torch.Tensor, ..
     pages = groups * max_pages
     keys = torch.randn(pages, TILE * HEAD_DIM, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.rand(pages, TILE, generator=generator) + 0.5
-    kv_cache = torch.cat([keys.view(torch.uint8), scales.view(torch.uint8)], dim=1).view(pages, TILE, 1, HEAD_DIM + 4)
+    kv_cache = torch.cat([keys.view(torch.uint8), scales.view(torch.uint8)], dim=1).view(pages, TILE, 1, TOKEN_BYTES)
     block_table = torch.randperm(pages, generator=generator).int().view(groups, max_pages)
     q = torch.randn(groups, next_n, heads, HEAD_DIM, generator=generator).to(torch.float8_e4m3fn)
     return q, kv_cache, torch.randn(groups * next_n, heads, generator=generator), context_lens, block_table

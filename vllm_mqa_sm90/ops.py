@@ -12,6 +12,8 @@ import torch
 
 HEAD_DIM = 128
 """Elements of one query head, and of the one key head: float8_e4m3fn, so also bytes."""
+TOKEN_BYTES = HEAD_DIM + 4
+"""A cached token: its key and its float32 scale."""
 HEADS = (16, 32, 64)
 """Numbers of query heads that the kernel is compiled for."""
 PAGE_SIZES = (32, 64)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_mqa_sm90 import backend, ops, seams
+from vllm_mqa_sm90 import backend, machine, ops, seams
 
 
 def problems() -> Iterator[str]:
@@ -48,7 +48,7 @@ def register() -> None:
         backend.logger().info(
             "MQA SM90 %s: with vLLM %s, the sparse indexers of DeepSeek-V3.2 and V4 type models decode on the "
             "FP8 sm_90a kernel, natively for next_n 1 to %d (num_speculative_tokens 0 to %d)",
-            backend.version(),
+            machine.version(),
             seams.vllm_version(),
             ops.MAX_NEXT_N,
             ops.MAX_NEXT_N - 1,

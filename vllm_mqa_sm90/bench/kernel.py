@@ -6,10 +6,8 @@ result is checked against the FP32 reference before it is timed.
 """
 
 import argparse
-import importlib.metadata
 import math
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import vllm_mqa_sm90
+from vllm_mqa_sm90 import machine
 from vllm_mqa_sm90.bench import deepgemm, timing
 from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, SIDES, LeftOut, Report, Row, notes, one_line, table
 from vllm_mqa_sm90.bench.step import Shape, Step, floor_bytes, make_step
@@ -278,21 +277,13 @@ def _progress(cases: int) -> Iterator[tuple[Show, Callable[[Row], None]]]:
 
 def _gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(DEVICE)
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
-        driver = output.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = "unknown"
+    listed = machine.gpus()
+    driver = listed[0]["driver_version"] if listed else "unknown"  # one for all GPUs
     return {"name": properties.name, "sms": properties.multi_processor_count, "driver": driver}
 
 
 def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("vllm-mqa-sm90")
-    except importlib.metadata.PackageNotFoundError:
-        own = "(source tree)"
-    return {"vllm_mqa_sm90": own, "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    return {"vllm_mqa_sm90": machine.version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
 
 
 def _command(args: argparse.Namespace) -> str:

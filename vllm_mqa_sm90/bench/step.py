@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_mqa_sm90 import HEAD_DIM, reference
+from vllm_mqa_sm90.ops import TOKEN_BYTES
 
-TOKEN_BYTES = HEAD_DIM + 4
-"""A cached token: its FP8 key and its float32 scale."""
 COLD_BYTES = 300_000_000
 """Pages that calls in turn read before any is read again: six times the 50 MB of L2 of an H100 or H200."""
 
