@@ -44,15 +44,32 @@ struct Operand {
   }
 };
 
-// d[64 x 64] (+)= a[64 x 32] b[64 x 32]^T in FP8 E4M3 with FP32 sums.
-// Thread t of the warpgroup has, for j in 0..7: d[4j], d[4j+1] = row 16 (t / 32) + t % 32 / 4,
-// columns 8j + 2 (t % 4) and the next; d[4j+2], d[4j+3] = the same columns 8 rows below.
-__device__ __forceinline__ void wgmma_64x64x32(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
-  using Atom = cute::SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>;
+// The widths N of wgmma that CuTe has atoms for: the least that holds `columns`.
+constexpr int wgmma_columns(int columns) {
+  for (int n : {16, 32, 64, 96, 128, 192, 256}) {
+    if (columns <= n) return n;
+  }
+  return 0;
+}
+
+template <int kColumns> struct WgmmaAtom;
+template <> struct WgmmaAtom<16> : cute::SM90::GMMA::MMA_64x16x32_F32E4M3E4M3_SS_TN<> {};
+template <> struct WgmmaAtom<32> : cute::SM90::GMMA::MMA_64x32x32_F32E4M3E4M3_SS_TN<> {};
+template <> struct WgmmaAtom<64> : cute::SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<> {};
+template <> struct WgmmaAtom<96> : cute::SM90::GMMA::MMA_64x96x32_F32E4M3E4M3_SS_TN<> {};
+template <> struct WgmmaAtom<128> : cute::SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_SS_TN<> {};
+template <> struct WgmmaAtom<192> : cute::SM90::GMMA::MMA_64x192x32_F32E4M3E4M3_SS_TN<> {};
+template <> struct WgmmaAtom<256> : cute::SM90::GMMA::MMA_64x256x32_F32E4M3E4M3_SS_TN<> {};
+
+// d[64 x kColumns] (+)= a[64 x 32] b[kColumns x 32]^T in FP8 E4M3 with FP32 sums.
+// Thread t of the warpgroup has, for j in 0 .. kColumns / 8: d[4j], d[4j+1] = row 16 (t / 32) +
+// t % 32 / 4, columns 8j + 2 (t % 4) and the next; d[4j+2], d[4j+3] = the same columns 8 rows below.
+template <int kColumns>
+__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {
   const auto scale = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
   [&]<size_t... I>(std::index_sequence<I...>) {
-    Atom::fma(a, b, d[I]..., scale);
-  }(std::make_index_sequence<32>());
+    WgmmaAtom<kColumns>::fma(a, b, d[I]..., scale);
+  }(std::make_index_sequence<kColumns / 2>());
 }
 
 // Keeps the compiler from moving uses of registers across the asynchronous wgmma that owns them.

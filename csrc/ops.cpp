@@ -132,12 +132,16 @@ Step check_context_lens(const Argument& context_lens) {
   return {static_cast<int32_t>(tensor.size(0)), static_cast<int32_t>(next_n)};
 }
 
+// CTAs that a plan is for.
+int32_t ctas_of(const Tensor& plan) { return static_cast<int32_t>((plan.size(0) - 1) / (plan_rows(1) - 1)); }
+
 void check_plan(const Argument& plan, const Argument& context_lens) {
   require_same_device(plan, context_lens);
   require_dtype(plan, ScalarType::Int);
-  require(plan.tensor.dim() == 2 && plan.tensor.size(0) >= 1 && plan.tensor.size(1) == kPlanColumns &&
+  require(plan.tensor.dim() == 2 && plan.tensor.size(1) == kPlanColumns && ctas_of(plan.tensor) >= 1 &&
+              plan.tensor.size(0) == plan_rows(ctas_of(plan.tensor)) &&
               plan.tensor.size(0) <= std::numeric_limits<int32_t>::max(),
-          plan, shape_of, "shape [CTAs, ", kPlanColumns, "] with at least one CTA");
+          plan, shape_of, "shape [1 + ", plan_rows(1) - 1, " n, ", kPlanColumns, "] for n CTAs, at least one");
   require_contiguous(plan);
   require_aligned(plan);
 }
@@ -213,7 +217,7 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   params.block_table_stride = block_table.stride(0);
   params.max_context_len = static_cast<int32_t>(max_context_len);
   params.logits_stride = out.stride(0);
-  params.num_ctas = static_cast<int32_t>(plan.size(0));
+  params.num_ctas = ctas_of(plan);
   return params;
 }
 
@@ -257,14 +261,14 @@ void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
   require_sm90(device);
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_cuda(launch_plan(data<int32_t>(context_lens), step.groups, step.next_n, data<int32_t>(out),
-                         static_cast<int32_t>(out.size(0)), current_stream(device)),
+                         ctas_of(out), current_stream(device)),
              "launch of the plan kernel");
 }
 
 void plan_cpu(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
   const Step step = check_plan_call(context_lens, next_n, out);
   plan_on_host(data<int32_t>(context_lens), step.groups, step.next_n, data<int32_t>(out),
-               static_cast<int32_t>(out.size(0)));
+               ctas_of(out));
 }
 
 void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
@@ -300,7 +304,7 @@ std::vector<int64_t> launch_counts(int64_t device) {
   return {counts, counts + kMaxNextN + 1};
 }
 
-// The tiles that the kernel's walk over `plan` visits, as rows (CTA, group, tile) of `out`, which
+// The tiles that the kernel's walk over `plan` visits, as rows (share, group, tile) of `out`, which
 // has one row for each.
 void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
   const Argument plan_argument{"plan", plan}, lens_argument{"context_lens", context_lens}, out_argument{"out", out};
@@ -310,16 +314,16 @@ void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
   require_dtype(out_argument, ScalarType::Int);
   require_contiguous(out_argument);
 
-  const auto* rows = data<const PlanRow>(plan);
+  const auto* shares = data<const Share>(plan) + 1;
   const auto* lens = data<const int32_t>(context_lens);
   std::vector<int32_t> visits;
-  for (int32_t cta = 0; cta < plan.size(0); ++cta) {
-    const PlanRow& row = rows[cta];
-    require(row.group >= 0 && row.tile >= 0 && row.num_tiles >= 0, "plan", cta, "no negative number in any row");
-    for (Walk walk(row, step.groups); !walk.done();) {
+  for (int32_t s = 0; s < plan.size(0) - 1; ++s) {
+    const Share& share = shares[s];
+    require(share.group >= 0 && share.tile >= 0 && share.num_tiles >= 0, "plan", s, "no negative number in any share");
+    for (Walk walk(share, step.groups); !walk.done();) {
       const Segment segment = walk.next(tiles_of_group(lens, walk.group, step.next_n));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
-        visits.insert(visits.end(), {cta, segment.group, segment.first_tile + i});
+        visits.insert(visits.end(), {s, segment.group, segment.first_tile + i});
       }
     }
   }
@@ -335,7 +339,7 @@ STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
   library.def("plan(Tensor context_lens, int next_n, Tensor(a!) out) -> ()");
   library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-      "Tensor plan, int max_context_len, Tensor(a!) out) -> ()");
+      "Tensor(a!) plan, int max_context_len, Tensor(b!) out) -> ()");
   library.def("launch_counts(int device) -> int[]");
   library.def("walk(Tensor plan, Tensor context_lens, Tensor(a!) out) -> ()");
 }

@@ -10,7 +10,10 @@ namespace mqa_sm90 {
 constexpr int kHeadDim = 128;      // bytes of one FP8 key or query head
 constexpr int kTileTokens = 64;    // tokens scored per step of the kernel: one wgmma M
 constexpr int kMaxNextN = 4;       // query rows of one group that share a KV tile
-constexpr int kPlanColumns = 4;    // int32 columns of one plan row, see schedule.cuh
+constexpr int kPlanColumns = 4;    // int32 columns of the plan, see schedule.cuh
+constexpr int kSparesPerCta = 4;   // spare shares in the plan, at most, for each CTA
+
+constexpr int64_t plan_rows(int64_t num_ctas) { return 1 + num_ctas * (1 + kSparesPerCta); }
 
 // One step: `groups` requests of `next_n` query rows each, rows in request order.
 struct LogitsParams {
@@ -19,7 +22,7 @@ struct LogitsParams {
   const float* weights;         // [groups * next_n, heads], contiguous
   const int32_t* context_lens;  // [groups * next_n]
   const int32_t* block_table;   // [groups] rows, block_table_stride entries apart
-  const int32_t* plan;          // [num_ctas, kPlanColumns]
+  int32_t* plan;                // [plan_rows(num_ctas), kPlanColumns]; counts while the launch runs
   float* logits;                // [groups * next_n] rows, logits_stride elements apart
 
   int32_t groups, next_n, heads;

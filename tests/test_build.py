@@ -15,8 +15,8 @@ from vllm_mqa_sm90 import HEADS, MAX_NEXT_N, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = [(heads, next_n) for heads in HEADS for next_n in range(1, MAX_NEXT_N + 1)]
-# At the launch, per thread of one CTA of 512 on an SM; warpgroups then trade them (setmaxnreg).
-LAUNCH_REGISTERS = 65536 // 512
+# At the launch, per thread of one CTA of 384 on an SM; warpgroups then trade them (setmaxnreg).
+LAUNCH_REGISTERS = 65536 // 384 // 8 * 8
 
 
 def tool(name: str) -> str:

@@ -58,7 +58,7 @@ def test_substitute_agrees_and_prints_its_numbers() -> None:
     assert demo.run_on_cpu(out, num_sms=132) == 0
     text = out.file.getvalue()
     assert re.search(r"tiles of 64 tokens +│ (\d+) visited, \1 needed", text)
-    assert "132 (one on each of the 132 SMs" in text
+    assert "132 (one on each SM" in text
     assert re.search(r"largest error \d\.\de-0[67]", text)
     assert "schedule and reference agree" in text
 
@@ -70,12 +70,12 @@ def test_substitute_notices_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch, da
     def wrong(context_lens: torch.Tensor, *, num_sms: int) -> torch.Tensor:
         plan = right(context_lens, num_sms=num_sms)
         if damage == "drop":
-            plan[-1, 2] -= 1
+            plan[num_sms, 2] -= 1
         elif damage == "twice":
-            plan[1] = plan[0]
+            plan[2] = plan[1]
         else:
-            plan[0, 2] += plan[1, 2]
-            plan[1, 2] = 0
+            plan[1, 2] += plan[2, 2]
+            plan[2, 2] = 0
         return plan
 
     monkeypatch.setattr(vllm_mqa_sm90, "plan", wrong)

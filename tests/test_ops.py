@@ -119,8 +119,9 @@ MISUSES = [
         "block_table: expected a last stride of 1",
     ),
     ("plan dtype", change("plan", lambda t: t.long()), "plan: expected dtype int32, given dtype int64"),
-    ("plan shape", change("plan", lambda t: t.view(-1, 2)), r"plan: expected shape \[CTAs, 4\].*given shape \[8, 2\]"),
-    ("plan rows", change("plan", lambda t: t[:0]), r"plan: expected .*at least one CTA, given shape \[0, 4\]"),
+    ("plan shape", change("plan", lambda t: t.view(-1, 2)), r"plan: expected shape \[1 \+ 5 n, 4\].*given shape \[42, 2\]"),
+    ("plan rows", change("plan", lambda t: t[:-1]), r"plan: expected .*, given shape \[20, 4\]"),
+    ("plan without CTAs", change("plan", lambda t: t[:1]), r"plan: expected .*at least one, given shape \[1, 4\]"),
     ("plan strides", change("plan", lambda t: t[::2]), "plan: expected a contiguous tensor"),
     ("plan address", change("plan", misaligned), "plan: expected an address that is a multiple of 16"),
     ("negative max", change("max_context_len", lambda _: -1), r"max_context_len: expected 0 to .*given -1$"),
@@ -158,7 +159,7 @@ def test_right_arguments_on_the_cpu_need_a_gpu() -> None:
         (torch.zeros(3, 2, dtype=torch.int32), {}, "num_sms: expected a number"),
         (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 0}, "num_sms: expected at least 1, given 0"),
         (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 4, "out": torch.zeros(7, 4, dtype=torch.int32)},
-         r"out: expected shape \(4, 4\) for num_sms 4, given \(7, 4\)"),
+         r"out: expected shape \(21, 4\) for num_sms 4, given \(7, 4\)"),
         (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 4)}, "out: expected dtype int32, given"),
         (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 3, dtype=torch.int32)}, r"out: expected shape"),
     ],
@@ -171,7 +172,7 @@ def test_misuse_of_plan_is_named(context_lens: torch.Tensor, options: dict, says
 def test_plan_op_checks_next_n() -> None:
     ops._load()
     with pytest.raises(RuntimeError, match="next_n: expected 2, as context_lens says, given 3"):
-        torch.ops.vllm_mqa_sm90.plan(torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(4, 4, dtype=torch.int32))
+        torch.ops.vllm_mqa_sm90.plan(torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(ops.plan_shape(1), dtype=torch.int32))
 
 
 def test_walk_refuses_a_foreign_plan() -> None:
@@ -179,7 +180,7 @@ def test_walk_refuses_a_foreign_plan() -> None:
     lens = torch.full((3, 2), 100, dtype=torch.int32)
     out = torch.zeros(6, 3, dtype=torch.int32)
     torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens, num_sms=2), lens, out)
-    for plan in vllm_mqa_sm90.plan(lens[:2], num_sms=2), torch.full((4, 4), -1, dtype=torch.int32):
+    for plan in vllm_mqa_sm90.plan(lens[:2], num_sms=2), torch.full(ops.plan_shape(4), -1, dtype=torch.int32):
         with pytest.raises(RuntimeError, match="vllm_mqa_sm90: (out|plan): expected"):
             torch.ops.vllm_mqa_sm90.walk(plan, lens, out)
 
@@ -201,7 +202,7 @@ def test_compile_traces_in_one_graph(backend: str) -> None:
 
     inputs = [t.to("meta") for t in random_step([[70, 71], [5, 6], [0, 130]], heads=32).inputs()]
     plan, logits = torch.compile(step, fullgraph=True, backend=backend)(*inputs)
-    assert plan.shape == (132, 4) and plan.dtype == torch.int32 and plan.device.type == "meta"
+    assert plan.shape == ops.plan_shape(132) and plan.dtype == torch.int32 and plan.device.type == "meta"
     assert logits.shape == (6, 130) and logits.dtype == torch.float32 and logits.stride() == (192, 1)
 
 

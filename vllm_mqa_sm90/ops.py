@@ -22,6 +22,7 @@ MAX_NEXT_N = 4
 """Most query rows of one request in one step."""
 
 _PLAN_COLUMNS = 4  # kPlanColumns of csrc/params.h
+_SPARES_PER_CTA = 4  # kSparesPerCta of csrc/params.h
 _ROW_ALIGNMENT = 64  # columns: whole 256-byte blocks, so that rows of logits share no cache line
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -49,16 +50,17 @@ def _load() -> None:
 
 
 def plan_shape(num_sms: int) -> tuple[int, int]:
-    """Shape of the plan for a kernel launched over `num_sms` SMs: a row for each CTA, of which an SM holds one."""
-    return num_sms, _PLAN_COLUMNS
+    """Shape of the plan for a kernel launched over `num_sms` SMs, each of which holds one CTA."""
+    return 1 + num_sms * (1 + _SPARES_PER_CTA), _PLAN_COLUMNS
 
 
 def plan(context_lens: torch.Tensor, *, num_sms: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Splits a step's tiles evenly over CTAs; one plan serves every layer of the step.
+    """Splits a step's tiles over CTAs; one plan serves every layer of the step.
 
     A tile is 64 tokens of one group; a group has ceil(max(lengths of its rows, 0) / 64) of them.
-    CTA c of n owns the tiles [floor(c * total / n), floor((c + 1) * total / n)) in group order.
-    On a GPU this is one small launch on the current stream, with no host synchronisation; CUDA
+    The tiles, in group order, are cut into shares of consecutive ones: an equal one for each CTA,
+    and, from 32 tiles a CTA on, the last sixteenth of the tiles in spare shares, for the CTAs that are
+    done first. On a GPU this is one small launch on the current stream, with no host synchronisation; CUDA
     graphs may capture it. On CPU tensors the same code runs on the host.
 
     Args:
@@ -68,7 +70,8 @@ def plan(context_lens: torch.Tensor, *, num_sms: int | None = None, out: torch.T
         out: int32 `plan_shape(num_sms)`, contiguous, on the same device: where to write the plan.
 
     Returns:
-        `out`, or a new tensor like it. Row c is `{first group, first tile in it, number of tiles, 0}`.
+        `out`, or a new tensor like it. Row 0 is `{0, spare shares, 0, 0}`; the rows after it are
+        the CTAs' shares, then the spare ones: `{first group, first tile in it, number of tiles, 0}`.
 
     Raises:
         ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`.
@@ -130,7 +133,8 @@ def paged_mqa_logits(
             `max_context_len` are left out; those past the block table have unspecified logits.
         block_table: int32 `[B or more, max_pages]`, last stride 1. Page of the request's tokens
             [i * page, (i + 1) * page) in column i. Entries past a context are never read from.
-        plan: what `plan(context_lens)` returned for the same lengths.
+        plan: what `plan(context_lens)` returned for the same lengths. The kernel counts in it
+            while it runs: launches that may overlap, on two streams, need a plan each.
         max_context_len: columns of the result.
         clean_logits: sets every column at and past its row's length to -inf; else those columns
             are unspecified.
