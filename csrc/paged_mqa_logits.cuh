@@ -250,7 +250,8 @@ struct Consumer {
     hopper::Barrier* empty;
     float k_scale;  // of the token whose logits this thread stores
   };
-  static constexpr int kPairs = (C::kNextN + 1) / 2;  // of rows: lanes c = 0, 1 store the first's logits, 2, 3 the second's
+  // Of rows: lanes c = 0, 1 store the first one's logits, lanes 2, 3 the second one's.
+  static constexpr int kPairs = (C::kNextN + 1) / 2;
 
   const LogitsParams& p;
   SharedMemory<C>& shared;
@@ -321,7 +322,9 @@ struct Consumer {
     };
     float logit[2 * kPairs];
 #pragma unroll
-    for (int r = 0; r < 2 * kPairs; ++r) logit[r] = r < C::kNextN ? exchange(partial[r][0], partial[r][1], 1) : logit[r - 1];
+    for (int r = 0; r < 2 * kPairs; ++r) {
+      logit[r] = r < C::kNextN ? exchange(partial[r][0], partial[r][1], 1) : logit[r - 1];
+    }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const float sum = exchange(logit[2 * pair], logit[2 * pair + 1], 2);
