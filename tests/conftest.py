@@ -1,4 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,3 +24,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header() -> str:
     return f"gpu tests: {'run' if has_sm90() else 'deselected, no GPU of compute capability 9.0'}"
+
+
+def driver_symbols(library: Path) -> set[str]:
+    """Functions that a shared library wants of the CUDA driver."""
+    output = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
+    names = (line.split()[-1] for line in output.splitlines())
+    return {name for name in names if name.startswith("cu") and name[2:3].isupper()}
+
+
+@pytest.fixture(scope="session")
+def driver_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for LD_LIBRARY_PATH with a CUDA driver that fails every call, where there is none: vLLM links to one."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return os.environ.get("LD_LIBRARY_PATH", "")
+    except OSError:
+        pass
+    import vllm
+
+    folder = tmp_path_factory.mktemp("driver")
+    names = set.union(*(driver_symbols(library) for library in Path(vllm.__file__).parent.glob("*.so")))
+    source = folder / "driver.c"
+    source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(names)))
+    library = folder / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    return str(folder)

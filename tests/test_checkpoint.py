@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The made checkpoint: its shapes and names against vLLM's own model code, its tokenizer, its numbers."""
 
-import ctypes
 import json
 import os
 import subprocess
@@ -43,32 +42,6 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def driver_symbols(library: Path) -> set[str]:
-    """Functions that a shared library wants of the CUDA driver."""
-    output = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
-    names = (line.split()[-1] for line in output.splitlines())
-    return {name for name in names if name.startswith("cu") and name[2:3].isupper()}
-
-
-@pytest.fixture(scope="session")
-def driver_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder for LD_LIBRARY_PATH with a CUDA driver that fails every call, where there is none: vLLM links to one."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-        return os.environ.get("LD_LIBRARY_PATH", "")
-    except OSError:
-        pass
-    import vllm
-
-    folder = tmp_path_factory.mktemp("driver")
-    names = set.union(*(driver_symbols(library) for library in Path(vllm.__file__).parent.glob("*.so")))
-    source = folder / "driver.c"
-    source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(names)))
-    library = folder / "libcuda.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
-    return str(folder)
-
-
 @pytest.mark.parametrize("layers", [1, 4])
 def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
     tmp_path: Path, driver_path: str, layers: int
@@ -85,6 +58,10 @@ def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
         "tokenizer_mode": "deepseek_v32",
         "unfilled": {"target": [], "draft": []},
     }
+
+
+def test_random_weights_are_known_as_such(small: Path) -> None:
+    assert checkpoint.has_random_weights(small)
 
 
 def test_shapes_are_those_of_one_rank_of_eight() -> None:

@@ -92,11 +92,6 @@ def test_command_runs_the_substitute_without_a_gpu(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().out.startswith("no GPU of compute capability 9.0")
 
 
-def test_acceptance_by_position() -> None:
-    assert demo.acceptance(METRICS) == [0.8, 0.6]
-    assert demo.acceptance("# nothing drafted\n") == []
-
-
 def test_progress_without_a_terminal_is_a_line_each_time() -> None:
     out = Console(file=io.StringIO(), width=40)
     with demo.waiting(out, "starting") as progress:

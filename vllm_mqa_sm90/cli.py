@@ -17,7 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (check, checkpoint, demo, bench):
         module.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # argparse takes words after "--" for a command's last positional only if no option stands between.
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    if passed_on := argv[end + 1 :]:
+        if not hasattr(args, "vllm_arguments"):
+            parser.error(f"this command passes nothing on to vLLM: expected nothing after --, given {passed_on[0]!r}")
+        args.vllm_arguments = passed_on
     return args.func(args)
 
 

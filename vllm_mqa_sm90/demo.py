@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import signal
 import sys
@@ -27,12 +26,11 @@ from rich.table import Table
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, checkpoint, reference
+from vllm_mqa_sm90.metrics import Drafts
 from vllm_mqa_sm90.ops import TOKEN_BYTES
 from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, vllm_serve
 
 SPECULATIVE_TOKENS = 2
-# Shares of draft tokens that real models' MTP layers get accepted on short prompts, by position.
-ACCEPTANCE_RATES = [0.813, 0.63]
 MODEL = "demo"
 TILE = 64
 H100_SMS = 132
@@ -44,19 +42,8 @@ def speculative_config() -> dict[str, Any]:
         "method": "mtp",
         "num_speculative_tokens": SPECULATIVE_TOKENS,
         "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_rates": ACCEPTANCE_RATES,
+        "synthetic_acceptance_rates": checkpoint.ACCEPTANCE_RATES,
     }
-
-
-def acceptance(metrics: str) -> list[float]:
-    """Share of drafts accepted at each position, from the text of the server's /metrics. Empty: no draft."""
-
-    def total(pattern: str) -> dict[str, float]:
-        return {match[1]: float(match[2]) for match in re.finditer(pattern, metrics, re.MULTILINE)}
-
-    drafts = sum(total(r"^vllm:spec_decode_num_drafts(?:_total)?(\{.*\}) (\S+)$").values())
-    accepted = total(r'^vllm:spec_decode_num_accepted_tokens_per_pos(?:_total)?\{.*position="(\d+)".*\} (\S+)$')
-    return [accepted[position] / drafts for position in sorted(accepted, key=int)] if drafts else []
 
 
 @contextmanager
@@ -121,7 +108,7 @@ def run_on_gpu(console: Console, directory: Path | None, timeout: float, argumen
             console.print(f"server ready at {server.url} after {seconds:.0f} s")
             before = _report(server)
             _ask(console, server)
-            complete = _prove(console, before, _report(server), acceptance(server.get("/metrics")))
+            complete = _prove(console, before, _report(server), Drafts.read(server.get("/metrics")).rates)
         console.print("server stopped")
     return 0 if complete else 1
 
@@ -178,7 +165,7 @@ def _prove(console: Console, before: dict[str, Any], after: dict[str, Any], acce
     )
     console.print(table)
     console.print(
-        f"Random weights draft at random: acceptance is vLLM's synthetic one, set to {ACCEPTANCE_RATES}. "
+        f"Random weights draft at random: acceptance is vLLM's synthetic one, set to {checkpoint.ACCEPTANCE_RATES}. "
         "Launches are counted on the GPU, so CUDA-graph replays count too; "
         "those at next_n=1 are the MTP layer's, which drafts its second token alone."
     )

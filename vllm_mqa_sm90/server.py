@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` of our own: started on a free loopback port, waited for, asked, and stopped whole."""
+"""A `vllm serve` of our own: started on a free loopback port, waited for, asked, and stopped whole.
+
+And vLLM's client, `vllm bench serve`, as a process that is stopped as whole.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 TAIL_LINES = 30
 
+_Self = TypeVar("_Self", bound="Process")
+
 
 class ServerError(Exception):
-    """The server did not start, died, or refused a request; the message has its log's first error and tail."""
+    """A process of vLLM's did not start, died, or refused a request; the message has its log's first error and tail."""
 
 
 def free_port() -> int:
@@ -41,6 +46,12 @@ def free_port() -> int:
 def vllm_serve(model: Path, port: int, *arguments: str) -> list[str]:
     """The command of `vllm serve`, by module, so that it runs in this Python without its script on PATH."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
+
+
+def vllm_bench_serve(model: Path, port: int, *arguments: str) -> list[str]:
+    """The command of `vllm bench serve` against the server of `vllm_serve`, by module too."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--model", str(model)]
     return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
 
 
@@ -67,32 +78,21 @@ def environment(scratch: Path, **variables: str) -> dict[str, str]:
     return env | variables
 
 
-class Server:
-    """One server process with everything it starts, as a context manager.
+class Process:
+    """One process with everything it starts, as a context manager.
 
     Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds.
-    A request fails when the server says nothing for `timeout` seconds.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        port: int,
-        log: Path,
-        env: Mapping[str, str] | None = None,
-        *,
-        grace: float = 30.0,
-        timeout: float = 600.0,
-    ):
-        self.url = f"http://127.0.0.1:{port}"
-        self._log, self._grace, self._timeout = log, grace, timeout
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, grace: float = 30.0):
+        self._log, self._grace = log, grace
         with log.open("wb") as output:
             # A session of its own: Ctrl-C reaches us alone, and we stop the group.
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
 
-    def __enter__(self) -> Server:
+    def __enter__(self: _Self) -> _Self:  # typing.Self is of Python 3.11
         return self
 
     def __exit__(
@@ -104,42 +104,23 @@ class Server:
     def pid(self) -> int:
         return self._process.pid
 
-    def wait_ready(self, timeout: float, progress: Callable[[float, str], None]) -> float:
-        """Waits for /health; calls `progress(seconds so far, last log line)` twice a second.
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
-        Returns the seconds it took. Raises ServerError if the process ends or `timeout` seconds pass.
+    def wait_done(self, timeout: float, progress: Callable[[str], None]) -> None:
+        """Waits for the process to end; calls `progress(last log line)` twice a second.
+
+        Raises ServerError if it ends with a status other than 0, or not within `timeout` seconds.
         """
         start = time.monotonic()
-        while (waited := time.monotonic() - start) < timeout:
-            if (status := self._process.poll()) is not None:
-                raise self._error(f"the server ended with status {status} while starting")
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return waited
-            lines = self._tail(1)
-            progress(waited, lines[-1] if lines else "")
-            time.sleep(0.5)
-        raise self._error(f"the server was not ready after {timeout:.0f} s")
-
-    def get(self, path: str) -> str:
-        """The body of a GET."""
-        with self._open(urllib.request.Request(self.url + path)) as response:
-            return response.read().decode()
-
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON answer to a POST of JSON."""
-        with self._open(self._json_request(path, body)) as response:
-            return json.load(response)
-
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
-        """The JSON events of a streamed answer, as they come."""
-        with self._open(self._json_request(path, {**body, "stream": True})) as response:
-            for line in response:
-                data = line.decode().removeprefix("data:").strip()
-                if data == "[DONE]":
-                    return
-                if data:
-                    yield json.loads(data)
+        while time.monotonic() - start < timeout:
+            progress(self._last_line())
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if status := self._process.wait(0.5):
+                    raise self._error(f"it ended with status {status}")
+                return
+        raise self._error(f"it was not done after {timeout:.0f} s")
 
     def stop(self) -> None:
         """Stops the process group. Harmless when it is already gone."""
@@ -172,6 +153,9 @@ class Server:
     def _tail(self, count: int) -> list[str]:
         return self._lines(1 << 16)[-count:]
 
+    def _last_line(self) -> str:
+        return "".join(self._tail(1))
+
     def _cause(self) -> list[str]:
         """The exception of the log's first traceback, often far above those that follow from it; [] without one."""
         # vLLM logs its engine's tracebacks line by line, each with a prefix; other processes may log in between.
@@ -188,6 +172,65 @@ class Server:
         if cause and not any(line.endswith(cause[0]) for line in tail):
             parts = [(f"{what}; the first error in its log is", cause), ("and it ends with", tail)]
         return ServerError("\n".join("\n  ".join([title, *lines]) for title, lines in parts))
+
+
+class Server(Process):
+    """A server process. A request fails when the server says nothing for `timeout` seconds."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        *,
+        grace: float = 30.0,
+        timeout: float = 600.0,
+    ):
+        super().__init__(command, log, env, grace=grace)
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self._timeout = timeout
+
+    def wait_ready(self, timeout: float, progress: Callable[[float, str], None]) -> float:
+        """Waits for /health; calls `progress(seconds so far, last log line)` twice a second.
+
+        Returns the seconds it took. Raises ServerError if the process ends or `timeout` seconds pass.
+        """
+        start = time.monotonic()
+        while (waited := time.monotonic() - start) < timeout:
+            if (status := self._process.poll()) is not None:
+                raise self._error(f"the server ended with status {status} while starting")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return waited
+            progress(waited, self._last_line())
+            time.sleep(0.5)
+        raise self._error(f"the server was not ready after {timeout:.0f} s")
+
+    def get(self, path: str) -> str:
+        """The body of a GET."""
+        with self._open(urllib.request.Request(self.url + path)) as response:
+            return response.read().decode()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON answer to a POST of JSON."""
+        with self._open(self._json_request(path, body)) as response:
+            return json.load(response)
+
+    def command(self, path: str) -> None:
+        """A POST without content, whose answer has none either."""
+        with self._open(urllib.request.Request(self.url + path, method="POST")):
+            pass
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The JSON events of a streamed answer, as they come."""
+        with self._open(self._json_request(path, {**body, "stream": True})) as response:
+            for line in response:
+                data = line.decode().removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                if data:
+                    yield json.loads(data)
 
     @contextlib.contextmanager
     def _open(self, request: urllib.request.Request) -> Iterator[http.client.HTTPResponse]:
