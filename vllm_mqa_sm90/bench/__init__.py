@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from vllm_mqa_sm90.bench import kernel
+from vllm_mqa_sm90.bench import kernel, serve
 
 
 def add_parser(subparsers: Any) -> None:
@@ -11,3 +11,4 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("bench", help="measure on this machine", description="Benchmarks.")
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     kernel.add_parser(benchmarks)
+    serve.add_parser(benchmarks)

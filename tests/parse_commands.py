@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads commands of `vllm` with the parsers of the installed vLLM, as if on an H100, and configures its engine.
+
+`parse_commands.py < COMMANDS`: a JSON list of lists of words, each from after "vllm" on. Prints a JSON line: for each
+`serve` what the engine would do, for each `bench serve` what the client would send. Wrong words end it.
+"""
+
+import json
+import sys
+
+import load_on_meta
+import vllm.platforms
+
+
+def main() -> None:
+    vllm.platforms._current_platform = load_on_meta.Hopper()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.cli import serve
+    from vllm.entrypoints.cli.benchmark import main as benchmark
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    found = []
+    for words in json.load(sys.stdin):
+        sys.argv[1:] = words  # where `bench` looks for its name
+        parser = FlexibleArgumentParser()
+        subparsers = parser.add_subparsers(dest="command", required=True)
+        (serve if words[0] == "serve" else benchmark).cmd_init()[0].subparser_init(subparsers)
+        args = parser.parse_args(words)
+        if args.command == "bench":
+            found.append({name: value for name, value in vars(args).items() if isinstance(value, (str, int, float))})
+            continue
+        args.model = args.model_tag
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        speculative = config.speculative_config
+        found.append(
+            {
+                "port": args.port,
+                "k": speculative.num_speculative_tokens if speculative else 0,
+                "rates": speculative.synthetic_acceptance_rates if speculative else None,
+                "prefix_caching": config.cache_config.enable_prefix_caching,
+                "max_num_seqs": config.scheduler_config.max_num_seqs,
+                "profiler": config.profiler_config.profiler,
+                "profiled_steps": config.profiler_config.max_iterations,
+            }
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

