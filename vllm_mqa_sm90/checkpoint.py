@@ -300,7 +300,7 @@ def has_random_weights(model: Path) -> bool:
         index = json.loads((model / INDEX).read_text(encoding="utf-8"))
     except OSError:
         return False
-    return index["metadata"].get("weights") == RANDOM
+    return index.get("metadata", {}).get("weights") == RANDOM
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vLLM server's /metrics say, in the names of vLLM 0.24 to 0.33."""
+"""What a vLLM server's /metrics say, in the names of vLLM 0.26 and 0.33."""
 
 from __future__ import annotations
 

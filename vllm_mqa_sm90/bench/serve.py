@@ -28,6 +28,8 @@ from vllm_mqa_sm90.bench.workloads import Workload
 
 _DEFAULT_KS = (0, 1, 2)
 _MAX_K = vllm_mqa_sm90.MAX_NEXT_N - 1
+# Of vllm serve. With another name for the model the client would not find it.
+_OURS = ("--host", "--port", "--served-model-name", "--speculative-config", "--profiler-config")
 _DEFAULT_OUTPUT = Path("bench-serve")
 _DEFAULT_TIMEOUT = 1800.0
 
@@ -42,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
         "goes to vllm serve, such as --tensor-parallel-size 8. Exit status: 0 all measured, 1 no GPU of compute "
         "capability 9.0 or something failed, 2 wrong usage.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="name or folder of a DSA model, or what make-checkpoint wrote")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="name or folder of a DSA model; what make-checkpoint wrote")
     parser.add_argument(
         "-k",
         type=_ks,
@@ -153,7 +155,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         Run(report, Kept(args.output / "results", report), args.output, args.timeout).do(jobs, fresh=args.fresh)
     except KeyboardInterrupt:
-        return _stop(f"interrupted, the server is stopped; {args.output} keeps what was measured: the same command goes on", status=130)
+        reason = f"interrupted, the server is stopped; {args.output} keeps what was measured: the same command goes on"
+        return _stop(reason, status=130)
     console = Console(highlight=False)
     console.print(report.setting, report.conditions, sep="\n", markup=False, soft_wrap=True)
     console.print(table(report))
@@ -174,6 +177,9 @@ def _wrong_usage(args: argparse.Namespace, chosen: Sequence[Workload], acceptanc
             f"--acceptance: expected a rate for each of the {max(args.k)} draft tokens of -k {_joined(args.k)}, "
             f"given {_joined(acceptance)}: add rates, or leave k={max(args.k)} out"
         )
+    for word in args.vllm_arguments:
+        if (name := word.partition("=")[0].partition(".")[0]) in _OURS:
+            return f"{name}: expected only what bench serve does not set itself after --, given {word}: leave it out"
     if args.profile and not any(workload.cached for workload in chosen):
         return "--profile: expected a :cached workload, which does nothing but decode, given none: add one with --workload"
     return next(filter(None, (workload.missing() for workload in chosen)), None)

@@ -83,8 +83,11 @@ class Kept:
             "checkpoint": {name: _digest(model / name) for name in ("config.json", checkpoint.INDEX)},
             "gpus": report.gpus,
             "versions": report.versions,
+            # Hashed: VLLM_API_KEY is one of them.
             "environment": {
-                name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "CUDA_VISIBLE_DEVICES"))
+                name: hashlib.sha256(value.encode()).hexdigest()
+                for name, value in os.environ.items()
+                if name.startswith(("VLLM_", "CUDA_VISIBLE_DEVICES"))
             },
             "side": job.at.side,
             "plugin": {name: _digest(package / name) for name in _PLUGIN_FILES} if job.at.side == PLUGIN else None,

@@ -25,7 +25,7 @@ from vllm_mqa_sm90.server import Process, Server, ServerError
 
 _PROFILED_STEPS = 24
 _PROFILE_SECONDS = 3.0  # in which these steps pass
-_TOKENS_BEFORE_PROFILE = 8  # of each request: then all of them decode
+_TOKENS_BEFORE_PROFILE = 8  # of each request on average; steps that still prefill do not count
 
 
 def profiler_arguments(folder: Path) -> list[str]:
@@ -46,6 +46,7 @@ class Run:
 
     def __init__(self, report: Report, kept: Kept, output: Path, timeout: float) -> None:
         self._report, self._kept, self._output, self._timeout = report, kept, output, timeout
+        self._results: dict[Job, Measurement | Profiled | None] = {}  # in the order of the report
         self._logs, self._traces = output / "logs", output / "traces"
         for folder in (self._logs, self._traces):
             folder.mkdir(exist_ok=True)
@@ -57,9 +58,8 @@ class Run:
         """
         missing: dict[Configuration, list[Job]] = {}
         for job in jobs:
-            if not fresh and (result := self._kept.load(job)):
-                self._add(result)
-            else:
+            self._results[job] = None if fresh else self._kept.load(job)
+            if self._results[job] is None:
                 missing.setdefault(job.at, []).append(job)
         self._write()
         to_do = sum(map(len, missing.values()))
@@ -91,12 +91,12 @@ class Run:
             for job in jobs:
                 try:
                     result = self._profile(job, running, env) if job.profiled else self._measure(job, running, env)
-                except (ServerError, ValueError) as error:
+                except Exception as error:  # whatever it is, the others are still worth measuring
                     self._fail(str(job), error)
                     running.get("/health")  # a server that died is not asked again
                     continue
                 self._kept.save(job, result)
-                self._add(result)
+                self._results[job] = result
                 self._write()
                 self._progress.step(f"{job}: {_in_short(result)}")
 
@@ -117,7 +117,6 @@ class Run:
         return Measurement.of(job.at, job.workload, client, drafts, now())
 
     def _profile(self, job: Job, running: Server, env: dict[str, str]) -> Profiled:
-        """ValueError if there is no trace, or no step in it."""
         earlier = set(self._traces.iterdir())
         self._ask(job, running, env, rehearsal=True)
         enough = _generated(running) + _TOKENS_BEFORE_PROFILE * job.workload.concurrency
@@ -130,18 +129,18 @@ class Run:
             client.wait_done(self._timeout, lambda line: self._progress.show(str(job), line))
         traces = sorted(file for file in set(self._traces.iterdir()) - earlier if ".pt.trace.json" in file.name)
         if not traces:
-            raise ValueError(f"the profiler: expected a trace in {self._traces}, found none; see {self._logs}")
+            raise ServerError(f"the profiler: expected a trace in {self._traces}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
         return Profiled(job.at.side, job.at.k, str(job.workload), now(), trace.read(traces[0]))
 
     def _ask(self, job: Job, running: Server, env: dict[str, str], *, rehearsal: bool) -> dict[str, Any]:
-        """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, ValueError if one of its requests did."""
+        """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, or one of its requests."""
         with self._client(job, running, env, rehearsal=rehearsal) as client:
             what = f"{job}, rehearsal" if rehearsal else str(job)
             client.wait_done(self._timeout, lambda line: self._progress.show(what, line))
         result = json.loads(self._client_file(job, "json").read_text())
         if result["completed"] != result["num_prompts"]:
-            raise ValueError(
+            raise ServerError(
                 f"vllm bench serve: {result['completed']} of {result['num_prompts']} requests were answered; "
                 f"see {self._client_file(job, 'log')} and {self._logs / job.at.stem}.log"
             )
@@ -165,15 +164,15 @@ class Run:
     def _client_file(self, job: Job, suffix: str) -> Path:
         return self._logs / f"{job.stem}.{suffix}"
 
-    def _add(self, result: Measurement | Profiled) -> None:
-        (self._report.profiles if isinstance(result, Profiled) else self._report.measurements).append(result)
-
     def _fail(self, what: str, error: Exception) -> None:
-        self._report.failures[what] = str(error)
+        why = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
+        self._report.failures[what] = why
         self._write()
-        self._progress.say(f"{what} failed: {error}")
+        self._progress.say(f"{what} failed: {why}")
 
     def _write(self) -> None:
+        self._report.measurements = [each for each in self._results.values() if isinstance(each, Measurement)]
+        self._report.profiles = [each for each in self._results.values() if isinstance(each, Profiled)]
         self._report.write(self._output / "serve.json")
 
 

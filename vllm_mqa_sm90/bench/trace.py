@@ -86,7 +86,8 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
     kernels.sort()
     windows = [(start, end) for (start, decodes), (end, _) in pairwise(marks) if decodes]
     if not windows:
-        raise ValueError(f"the trace: expected two steps in a row of which the first is a decode step, found {len(marks)} steps")
+        expected = "expected two steps in a row of which the first is a decode step"
+        raise ValueError(f"the trace: {expected}, found {len(marks)} steps")
 
     starts = [start for start, _ in windows]
     by_kernel: Counter[str] = Counter()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench serve` asks of a server, as arguments of `vllm bench serve` that vLLM 0.24 to 0.33 take."""
+"""What `bench serve` asks of a server, as arguments of `vllm bench serve` that vLLM 0.26 and 0.33 take."""
 
 from __future__ import annotations
 
