@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import machine
-from vllm_mqa_sm90.bench import deepgemm, timing
+from vllm_mqa_sm90.bench import deepgemm, output, timing
 from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, SIDES, LeftOut, Report, Row, notes, one_line, table
 from vllm_mqa_sm90.bench.step import Shape, Step, floor_bytes, make_step
 
@@ -113,13 +112,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _stop("interrupted" + (f"; {args.output}/kernel.json has the cases before" if args.output else ""))
         return 130
-    console = Console(highlight=False)
-    console.print(report.setting, report.conditions, sep="\n", markup=False, soft_wrap=True)
-    console.print(table(report))
-    for note in notes(report):
-        console.print(note, markup=False, soft_wrap=True)
+    output.show(report, table(report), notes(report))
     if args.output:
-        _draw(report, args.output)
+        output.draw(report, args.output, "plot", "kernel.json", "kernel.png and kernel.svg")
     return 1 if any(row.failed for row in report.rows) else 0
 
 
@@ -154,7 +149,7 @@ def measure(args: argparse.Namespace) -> Report:
         report = Report(
             gpu=_gpu(),
             versions=_versions(),
-            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            date=output.now(),
             command=_command(args),
             heads=args.heads,
             page=args.page,
@@ -300,17 +295,3 @@ def _command(args: argparse.Namespace) -> str:
     if args.quick:
         words.append("--quick")
     return shlex.join(words)
-
-
-def _draw(report: Report, directory: Path) -> None:
-    try:
-        from vllm_mqa_sm90.bench import plot  # needs matplotlib, which is optional
-    except ImportError as error:
-        print(
-            f"{directory}/kernel.json is written; kernel.png and kernel.svg are not drawn: {error}. "
-            "Install matplotlib (pip install 'vllm-mqa-sm90[bench]'), then draw them: "
-            f"python -m vllm_mqa_sm90.bench.plot {shlex.quote(str(directory))}",
-            file=sys.stderr,
-        )
-        return
-    plot.draw(report, directory)

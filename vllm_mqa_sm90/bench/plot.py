@@ -8,10 +8,10 @@ import argparse
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from vllm_mqa_sm90.bench import figures
 from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, SIDES, Report, Row
 
 COLOURS = {OURS: "#0072b2", NATIVE: "#8c8c8c", FLATTENED: "#e69f00"}  # distinct to the colour-blind too
@@ -25,25 +25,16 @@ def draw(report: Report, directory: Path) -> list[Path]:
     panels: dict[str, list[Row]] = {}
     for row in report.rows:
         panels.setdefault(row.name, []).append(row)
-    columns = min(_COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(3.1 * columns, 8), 2.5 * lines + 1.2), layout="constrained")
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-    for panel, (name, rows) in zip(axes, panels.items(), strict=False):
+    figure, axes = figures.grid(len(panels), _COLUMNS, (3.1, 2.5), 8, sharey=True)
+    for panel, (name, rows) in zip(axes.flat, panels.items(), strict=False):
         _draw_panel(panel, name, rows)
-    for panel in axes[len(panels) :]:
-        panel.set_axis_off()
-    for panel in axes[::columns]:
+    for panel in axes[:, 0]:
         panel.set_ylabel("time / memory floor")
 
     sides = [side for side in SIDES if any(side in row.times_us for row in report.rows)]
     handles = [Patch(color=COLOURS[side], label=SIDES[side]) for side in sides] + [Line2D([], [], **_FLOOR)]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-    figure.supxlabel(f"{report.setting}\n{report.conditions}", fontsize=7, color="#404040")
-    paths = [directory / "kernel.png", directory / "kernel.svg"]
-    for path in paths:
-        figure.savefig(path, dpi=160)
-    return paths
+    return figures.write(figure, report, directory, "kernel")
 
 
 def _draw_panel(panel: Axes, name: str, rows: list[Row]) -> None:

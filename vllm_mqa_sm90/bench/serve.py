@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import checkpoint, machine
-from vllm_mqa_sm90.bench import workloads
+from vllm_mqa_sm90.bench import output, workloads
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept
 from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, table
-from vllm_mqa_sm90.bench.serve_run import Run, now
+from vllm_mqa_sm90.bench.serve_run import Run
 from vllm_mqa_sm90.bench.workloads import Workload
 
 _DEFAULT_KS = (0, 1, 2)
@@ -143,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         model=str(args.model),
         gpus=gpus,
         versions=versions,
-        date=now(),
+        date=output.now(),
         command=_command(args),
         vllm_arguments=args.vllm_arguments,
         acceptance=None if acceptance is None else list(acceptance),
@@ -157,12 +155,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         reason = f"interrupted, the server is stopped; {args.output} keeps what was measured: the same command goes on"
         return _stop(reason, status=130)
-    console = Console(highlight=False)
-    console.print(report.setting, report.conditions, sep="\n", markup=False, soft_wrap=True)
-    console.print(table(report))
-    for note in notes(report):
-        console.print(note, markup=False, soft_wrap=True)
-    _draw(report, args.output)
+    output.show(report, table(report), notes(report))
+    output.draw(report, args.output, "serve_plot", "serve.json", "the plots")
     return 1 if report.failures else 0
 
 
@@ -201,17 +195,3 @@ def _command(args: argparse.Namespace) -> str:
     if args.vllm_arguments:
         words += ["--", *args.vllm_arguments]
     return shlex.join(words)
-
-
-def _draw(report: Report, directory: Path) -> None:
-    try:
-        from vllm_mqa_sm90.bench import serve_plot  # needs matplotlib, which is optional
-    except ImportError as error:
-        print(
-            f"{directory}/serve.json is written; the plots are not drawn: {error}. "
-            "Install matplotlib (pip install 'vllm-mqa-sm90[bench]'), then draw them: "
-            f"python -m vllm_mqa_sm90.bench.serve_plot {shlex.quote(str(directory))}",
-            file=sys.stderr,
-        )
-        return
-    serve_plot.draw(report, directory)

@@ -7,11 +7,11 @@
 import argparse
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from vllm_mqa_sm90.bench import figures
 from vllm_mqa_sm90.bench.serve_report import PLUGIN, SIDES, STOCK, Configuration, Measurement, Profiled, Report
 from vllm_mqa_sm90.bench.trace import FAMILIES, OTHER
 from vllm_mqa_sm90.bench.workloads import Workload
@@ -29,26 +29,8 @@ def draw(report: Report, directory: Path) -> list[Path]:
 
     Which of them there is something to draw for: tokens a second need random prompts.
     """
-    figures = {"serve": _throughput(report), "serve-steps": _steps(report)}
-    paths = []
-    for name, figure in figures.items():
-        if figure is None:
-            continue
-        figure.supxlabel(f"{report.setting}\n{report.conditions}", fontsize=7, color="#404040")
-        for suffix in ("png", "svg"):
-            paths.append(directory / f"{name}.{suffix}")
-            figure.savefig(paths[-1], dpi=160)
-    return paths
-
-
-def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    columns = min(_COLUMNS, panels)
-    lines = -(-panels // columns)
-    figure = Figure(figsize=(max(3.6 * columns, 9), height * lines + 1.2), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flatten())
-    for unused in axes[panels:]:
-        unused.set_axis_off()
-    return figure, axes
+    drawn = {"serve": _throughput(report), "serve-steps": _steps(report)}
+    return [path for name, figure in drawn.items() if figure for path in figures.write(figure, report, directory, name)]
 
 
 def _throughput(report: Report) -> Figure | None:
@@ -60,8 +42,8 @@ def _throughput(report: Report) -> Figure | None:
             panels.setdefault((workload.cached, workload.concurrency), []).append((workload.content, measurement))
     if not panels:
         return None
-    figure, axes = _grid(len(panels), 2.8)
-    for panel, ((cached, concurrency), points) in zip(axes, sorted(panels.items()), strict=False):
+    figure, axes = figures.grid(len(panels), _COLUMNS, (3.6, 2.8), 9)
+    for panel, ((cached, concurrency), points) in zip(axes.flat, sorted(panels.items()), strict=False):
         lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
         for context, each in points:
             lines.setdefault((each.side, each.k), []).append((context, each.tokens_per_s))
@@ -93,8 +75,8 @@ def _steps(report: Report) -> Figure | None:
         panels.setdefault(each.workload, []).append(each)
     if not panels:
         return None
-    figure, axes = _grid(len(panels), 3.0)
-    for panel, (workload, profiles) in zip(axes, panels.items(), strict=False):
+    figure, axes = figures.grid(len(panels), _COLUMNS, (3.6, 3.0), 9)
+    for panel, (workload, profiles) in zip(axes.flat, panels.items(), strict=False):
         profiles.sort(key=lambda each: (each.k, list(SIDES).index(each.side)))
         names = [str(Configuration(each.side, each.k)).replace(" ", "\n") for each in profiles]
         below = [0.0] * len(profiles)

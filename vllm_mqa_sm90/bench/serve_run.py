@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_mqa_sm90 import metrics, server
-from vllm_mqa_sm90.bench import trace
+from vllm_mqa_sm90.bench import output, trace
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept, server_arguments
 from vllm_mqa_sm90.bench.serve_report import PLUGIN, Configuration, Measurement, Profiled, Report
 from vllm_mqa_sm90.metrics import Drafts
@@ -114,7 +113,7 @@ class Run:
         before = Drafts.read(running.get("/metrics"))
         client = self._ask(job, running, env, rehearsal=False)
         drafts = Drafts.read(running.get("/metrics")).since(before)
-        return Measurement.of(job.at, job.workload, client, drafts, now())
+        return Measurement.of(job.at, job.workload, client, drafts, output.now())
 
     def _profile(self, job: Job, running: Server, env: dict[str, str]) -> Profiled:
         earlier = set(self._traces.iterdir())
@@ -131,7 +130,7 @@ class Run:
         if not traces:
             raise ServerError(f"the profiler: expected a trace in {self._traces}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
-        return Profiled(job.at.side, job.at.k, str(job.workload), now(), trace.read(traces[0]))
+        return Profiled(job.at.side, job.at.k, str(job.workload), output.now(), trace.read(traces[0]))
 
     def _ask(self, job: Job, running: Server, env: dict[str, str], *, rehearsal: bool) -> dict[str, Any]:
         """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, or one of its requests."""
@@ -174,11 +173,6 @@ class Run:
         self._report.measurements = [each for each in self._results.values() if isinstance(each, Measurement)]
         self._report.profiles = [each for each in self._results.values() if isinstance(each, Profiled)]
         self._report.write(self._output / "serve.json")
-
-
-def now() -> str:
-    """The time, ISO 8601, UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _generated(running: Server) -> float:
