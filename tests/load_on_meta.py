@@ -18,7 +18,9 @@ from vllm.platforms.cuda import NonNvmlCudaPlatform
 from vllm.platforms.interface import DeviceCapability
 
 from vllm_mqa_sm90 import checkpoint
-from vllm_mqa_sm90.demo import speculative_config
+from vllm_mqa_sm90.checkpoint import ACCEPTANCE_RATES
+from vllm_mqa_sm90.demo import SPECULATIVE_TOKENS
+from vllm_mqa_sm90.server import speculative_config
 
 
 class Hopper(NonNvmlCudaPlatform):
@@ -57,7 +59,8 @@ def main(directory: str) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    engine = EngineArgs(model=directory, max_model_len=8192, speculative_config=speculative_config())
+    speculative = speculative_config(SPECULATIVE_TOKENS, ACCEPTANCE_RATES)
+    engine = EngineArgs(model=directory, max_model_len=8192, speculative_config=speculative)
     config = engine.create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")

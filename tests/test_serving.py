@@ -25,7 +25,7 @@ from vllm.utils import deep_gemm
 
 from vllm_mqa_sm90 import ops, reference
 from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, environment, free_port, vllm_serve
+from vllm_mqa_sm90.server import Server, environment, free_port, speculative_config, vllm_serve
 
 MODEL = "small"
 CHUNK = 512  # tokens of a prompt in one step, where there are other requests
@@ -37,7 +37,7 @@ TOLERANCE = 1e-6
 def serve(scratch: Path, name: str, k: int, mode: str, *arguments: str) -> Server:
     """A server with `k` speculative tokens, taken from the greedy drafts of the model's own MTP layer."""
     if k:
-        arguments += "--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": k})
+        arguments += "--speculative-config", json.dumps(speculative_config(k))
     port = free_port()
     command = vllm_serve(
         scratch / "model",

@@ -28,22 +28,12 @@ import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, checkpoint, reference
 from vllm_mqa_sm90.metrics import Drafts
 from vllm_mqa_sm90.ops import TOKEN_BYTES
-from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, vllm_serve
+from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, speculative_config, vllm_serve
 
 SPECULATIVE_TOKENS = 2
 MODEL = "demo"
 TILE = 64
 H100_SMS = 132
-
-
-def speculative_config() -> dict[str, Any]:
-    """vLLM's --speculative-config. Random weights agree on nothing, so acceptance is vLLM's synthetic one."""
-    return {
-        "method": "mtp",
-        "num_speculative_tokens": SPECULATIVE_TOKENS,
-        "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_rates": checkpoint.ACCEPTANCE_RATES,
-    }
 
 
 @contextmanager
@@ -92,7 +82,7 @@ def run_on_gpu(console: Console, directory: Path | None, timeout: float, argumen
             model,
             port,
             "--served-model-name", MODEL,
-            "--speculative-config", json.dumps(speculative_config()),
+            "--speculative-config", json.dumps(speculative_config(SPECULATIVE_TOKENS, checkpoint.ACCEPTANCE_RATES)),
             "--worker-extension-cls", "vllm_mqa_sm90.backend.WorkerExtension",
             "--max-model-len", "10000",
             "--max-num-seqs", "16",

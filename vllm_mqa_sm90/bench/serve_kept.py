@@ -14,6 +14,7 @@ import vllm_mqa_sm90
 from vllm_mqa_sm90 import checkpoint
 from vllm_mqa_sm90.bench.serve_report import PLUGIN, Configuration, Measurement, Profiled, Report
 from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.server import speculative_config
 
 # What decides how the plugin's steps run; the rest of the package measures and reports.
 _PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py")
@@ -41,11 +42,7 @@ def server_arguments(at: Configuration, report: Report) -> list[str]:
     """The arguments of a configuration's `vllm serve`, those of the user last."""
     if not at.k:
         return report.vllm_arguments
-    speculative: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": at.k}
-    if report.acceptance is not None:
-        rates = report.acceptance[: at.k]
-        speculative |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
-    return ["--speculative-config", json.dumps(speculative), *report.vllm_arguments]
+    return ["--speculative-config", json.dumps(speculative_config(at.k, report.acceptance)), *report.vllm_arguments]
 
 
 class Kept:
