@@ -272,7 +272,8 @@ void plan_cpu(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
 }
 
 void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
-                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len, const Tensor& out) {
+                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len, bool prefetch,
+                 const Tensor& out) {
   LogitsParams params = check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out);
   const int32_t device = q.get_device_index();
   require_sm90(device);
@@ -284,13 +285,14 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
   params.block_table = data<int32_t>(block_table);
   params.plan = data<int32_t>(plan);
   params.logits = data<float>(out);
+  params.prefetch = prefetch;
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_cuda(launch_logits(params, current_stream(device)), "launch of the logits kernel");
 }
 
 // CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
 void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
-                const Tensor& block_table, const Tensor& plan, int64_t max_context_len, const Tensor& out) {
+                const Tensor& block_table, const Tensor& plan, int64_t max_context_len, bool, const Tensor& out) {
   check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out);
   fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
 }
@@ -339,7 +341,7 @@ STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
   library.def("plan(Tensor context_lens, int next_n, Tensor(a!) out) -> ()");
   library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-      "Tensor(a!) plan, int max_context_len, Tensor(b!) out) -> ()");
+      "Tensor(a!) plan, int max_context_len, bool prefetch, Tensor(b!) out) -> ()");
   library.def("launch_counts(int device) -> int[]");
   library.def("walk(Tensor plan, Tensor context_lens, Tensor(a!) out) -> ()");
 }

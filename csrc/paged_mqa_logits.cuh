@@ -83,6 +83,14 @@ struct Lengths {
     for (int r = 0; r < kNextN; ++r) rows[r] = group < p.groups ? p.context_lens[group * kNextN + r] : 0;
   }
   __device__ __forceinline__ int32_t longest() const { return longest_of_group(rows, kNextN); }
+
+  // Tiles of tokens from before this step alone: a row's own token is the last that it sees.
+  __device__ __forceinline__ int32_t older_tiles() const {
+    int32_t shortest = INT32_MAX;
+#pragma unroll
+    for (int r = 0; r < kNextN; ++r) shortest = rows[r] > 0 ? min(shortest, rows[r]) : shortest;
+    return (shortest - 1) / kTileTokens;
+  }
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -133,6 +141,7 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
     Walk walk(share, p.groups);
     Lengths<C::kNextN> ahead;
     ahead.load(p, walk.group);
+    cudaGridDependencySynchronize();  // queries, weights and the count of spare shares come from kernels before
 
     while (!walk.done()) {
       const Lengths<C::kNextN> lens = ahead;
@@ -163,6 +172,8 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
       slot.advance();
     }
   }
+  // Not before the wait above: all before this kernel is then done when the one after it starts.
+  cudaTriggerProgrammaticLaunchCompletion();
   shared.query_empty[slot.stage].wait(slot.phase ^ 1);
   if (cute::elect_one_sync()) {
     shared.segment[slot.stage].num_tiles = 0;
@@ -199,7 +210,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 
     while (!walk.done()) {
       const int32_t group = walk.group;
-      const int32_t longest = lens_ahead.longest();
+      const int32_t longest = lens_ahead.longest(), older_tiles = lens_ahead.older_tiles();
       PageIds ids = ids_ahead;
       const Segment segment = walk.next(tiles_of_length(longest));
       int32_t t = turn.skip();
@@ -216,6 +227,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
           const int32_t pages = min(pages_per_tile, num_pages - (segment.first_tile + t) * pages_per_tile);
           const int32_t first = __shfl_sync(~0u, ids.first, i), second = __shfl_sync(~0u, ids.second, i);
           shared.tile_empty[pipe][stage.stage].wait(stage.phase ^ 1);
+          if (segment.first_tile + t >= older_tiles) cudaGridDependencySynchronize();
           if (cute::elect_one_sync()) {
             hopper::Barrier& full = shared.tile_full[pipe][stage.stage];
             full.arrive_and_expect_tx(max(pages, 0) * p.page_size * (kHeadDim + 4));
@@ -262,6 +274,7 @@ struct Consumer {
   const int token = warp * 16 + lane / 4 + (lane & 1) * 8;
 
   hopper::RingPosition<C::kStages> stage;  // of the next tile
+  bool arrived = false;                    // it is known to have
   float sums[C::kColumns / 2];             // the accumulators: q . k
   float2 weights[C::kNextN][C::kWeights];
   float* logits[kPairs];                   // where this thread stores next
@@ -271,7 +284,8 @@ struct Consumer {
   __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int pipe_) : p(params), shared(s), pipe(pipe_) {}
 
   __device__ __forceinline__ Tile load_tile() {
-    shared.tile_full[pipe][stage.stage].wait(stage.phase);
+    if (!arrived) shared.tile_full[pipe][stage.stage].wait(stage.phase);
+    arrived = false;
     const Tile t{hopper::Operand(shared.tile[pipe][stage.stage]), &shared.tile_empty[pipe][stage.stage],
                  shared.k_scale[pipe][stage.stage][token]};
     stage.advance();
@@ -352,6 +366,8 @@ struct Consumer {
         prepare(info, (info.first_tile + skip) * kTileTokens, shared.weights[queries.stage]);
         float partial[C::kNextN][2];
         for (;;) {
+          // Asked while the tensor cores are busy: after the reduction they would wait for the answer.
+          arrived = shared.tile_full[pipe][stage.stage].test_wait(stage.phase);
           reduce(t, partial);
           if (--tiles == 0) break;
           const float k_scale = t.k_scale;
@@ -403,8 +419,9 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&kv_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&q_map));
     }
-    // Nothing before this reads what earlier kernels wrote; consumers follow the producers.
-    cudaGridDependencySynchronize();
+    // Nothing before this reads what earlier kernels wrote. With `prefetch` producers go on, up to the keys of
+    // this step's tokens; consumers follow the queries.
+    if (!p.prefetch) cudaGridDependencySynchronize();
     own = reinterpret_cast<const Share*>(p.plan)[1 + blockIdx.x];
   }
   if (threadIdx.x == 0) {
@@ -424,7 +441,6 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
     if (blockIdx.x == 0) atomicAdd(launch_count, 1ull);
   }
   __syncthreads();
-  cudaTriggerProgrammaticLaunchCompletion();
 
   if (warpgroup == C::kPipes) {
     cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();

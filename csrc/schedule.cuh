@@ -53,9 +53,9 @@ MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, int32_t grou
 
 // How a line of `total` tiles is cut.
 struct Cut {
-  static constexpr int32_t kSparePart = 16;     // one tile in so many is in a spare share
+  static constexpr int32_t kSparePart = 8;      // one tile in so many is in a spare share
   static constexpr int32_t kSpareTiles = 4;     // of a spare share, at least
-  static constexpr int32_t kTilesWorthIt = 32;  // of a CTA: with fewer there are no spare shares
+  static constexpr int32_t kTilesWorthIt = 16;  // of a CTA: with fewer there are no spare shares
 
   int64_t total, own;  // `own`: tiles in the CTAs' own shares, which come first
   int32_t num_ctas, spares;

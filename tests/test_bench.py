@@ -514,7 +514,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleN
         calls[-1]()
         return 10.0
 
-    def paged_mqa_logits(*arguments: torch.Tensor, max_context_len: int, out: torch.Tensor | None = None):
+    def paged_mqa_logits(
+        *arguments: torch.Tensor, max_context_len: int, prefetch: bool = False, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if machine.refuses and machine.refuses(arguments[3]):
             raise RuntimeError("q: expected something else\nand so on")
         logits = reference.paged_mqa_logits(*arguments[:5], max_context_len=max_context_len) * machine.error

@@ -194,6 +194,84 @@ def test_graph_replay_with_changing_lengths(next_n: int) -> None:
     assert after == {n: before[n] + (6 if n == next_n else 0) for n in before}
 
 
+@pytest.mark.parametrize("next_n", [1, 3])
+def test_prefetch_waits_for_what_the_kernel_before_writes(next_n: int) -> None:
+    """That kernel lets ours start, idles, and only then writes queries, weights and this step's keys."""
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+    from triton.language.extra import cuda
+
+    @triton.jit
+    def late_copies(q, q_late, weights, weights_late, keys, keys_late, sizes, BLOCK: tl.constexpr):
+        cuda.gdc_launch_dependents()
+        start = cuda.globaltimer()
+        while cuda.globaltimer() < start + 200_000:
+            pass
+        for i in tl.static_range(3):
+            to, late = (q, q_late) if i == 0 else (weights, weights_late) if i == 1 else (keys, keys_late)
+            size = tl.load(sizes + i)
+            for first in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+                offsets = first + tl.arange(0, BLOCK)
+                tl.store(to + offsets, tl.load(late + offsets, offsets < size), offsets < size)
+
+    lengths = [1, 2, 64, 65, 66, 127, 128, 129, 130, 1000] * 8
+    step = random_step(rows_of(lengths, next_n), num_pages=None, device="cuda")
+    plan = vllm_mqa_sm90.plan(step.context_lens)
+    late = step.q.clone(), step.weights.clone(), step.kv_cache.clone()
+    older = (step.context_lens.clamp(min=1).amin(dim=1) - 1).tolist()
+
+    def forget() -> None:
+        step.q.view(torch.uint8).fill_(0)
+        step.weights.fill_(POISON)
+        for group, tokens in enumerate(older):
+            for page in step.block_table[group, tokens // TILE : -(-lengths[group] // TILE)].tolist():
+                step.kv_cache[page] = 0
+
+    buffers = [
+        b.view(torch.uint8).view(-1)
+        for now, then in zip((step.q, step.weights, step.kv_cache), late, strict=True)
+        for b in (now, then)
+    ]
+    sizes = torch.tensor([b.numel() for b in buffers[::2]], dtype=torch.int64, device="cuda")
+    out = poisoned(step)
+    for _ in range(3):
+        forget()
+        out.fill_(POISON)
+        torch.cuda.synchronize()
+        late_copies[(32,)](*buffers, sizes, BLOCK=1024)
+        vllm_mqa_sm90.paged_mqa_logits(
+            *step.inputs(), plan, max_context_len=step.max_context_len, prefetch=True, out=out
+        )
+        assert_accurate(out, step)
+
+
+def test_prefetch_changes_no_bit() -> None:
+    """Launches that overlap, in a row and in a graph, with spare shares counted in one plan."""
+    step = random_step(rows_of([*EDGES, 9000] * 20, 3), num_pages=500, device="cuda")
+    plan = vllm_mqa_sm90.plan(step.context_lens, num_sms=40)
+    assert plan[0, 1] > 0
+    expected = step.run(clean_logits=True)
+    outs = [poisoned(step) for _ in range(4)]
+
+    def run() -> None:
+        for out in outs:
+            vllm_mqa_sm90.paged_mqa_logits(
+                *step.inputs(), plan, max_context_len=step.max_context_len, prefetch=True, out=out
+            )
+
+    torch.cuda.synchronize()
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(50):
+        graph.replay()
+    torch.cuda.synchronize()
+    valid = expected > -torch.inf
+    assert all(torch.equal(out[valid], expected[valid]) for out in outs)
+
+
 def test_a_plan_serves_many_layers() -> None:
     step = random_step(rows_of(EDGES, 3), device="cuda")
     plan = vllm_mqa_sm90.plan(step.context_lens)

@@ -57,10 +57,10 @@ def check(context_lens: torch.Tensor, ctas: int) -> None:
     own, spare = shares[:ctas, 2], shares[ctas : ctas + header[1], 2]
     assert header == [0, len(spare), 0, 0] and not shares[ctas + len(spare) :].any()
     assert int(own.max() - own.min()) <= 1
-    expected = min(len(visits) // 16 // 4, 4 * ctas) if len(visits) >= 32 * ctas else 0
+    expected = min(len(visits) // 8 // 4, 4 * ctas) if len(visits) >= 16 * ctas else 0
     assert len(spare) == expected
     if expected:
-        assert int(spare.sum()) == len(visits) // 16 and int(spare.max() - spare.min()) <= 1
+        assert int(spare.sum()) == len(visits) // 8 and int(spare.max() - spare.min()) <= 1
 
 
 @settings(max_examples=300, deadline=None)

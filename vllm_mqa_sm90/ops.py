@@ -59,7 +59,7 @@ def plan(context_lens: torch.Tensor, *, num_sms: int | None = None, out: torch.T
 
     A tile is 64 tokens of one group; a group has ceil(max(lengths of its rows, 0) / 64) of them.
     The tiles, in group order, are cut into shares of consecutive ones: an equal one for each CTA,
-    and, from 32 tiles a CTA on, the last sixteenth of the tiles in spare shares, for the CTAs that are
+    and, from 16 tiles a CTA on, the last eighth of the tiles in spare shares, for the CTAs that are
     done first. On a GPU this is one small launch on the current stream, with no host synchronisation; CUDA
     graphs may capture it. On CPU tensors the same code runs on the host.
 
@@ -106,6 +106,7 @@ def paged_mqa_logits(
     *,
     max_context_len: int,
     clean_logits: bool = False,
+    prefetch: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of the sparse-attention indexer against a paged FP8 cache.
@@ -138,6 +139,11 @@ def paged_mqa_logits(
         max_context_len: columns of the result.
         clean_logits: sets every column at and past its row's length to -inf; else those columns
             are unspecified.
+        prefetch: the caller's word that the kernel before this one on the stream (and any that still
+            runs beside that one) writes none of `plan`, `context_lens` and `block_table`, and in
+            `kv_cache` only tokens of this step: of a group those from its shortest positive length
+            minus one on. What it does not write is then read while it still runs (programmatic
+            dependent launch). True in a model's layers; not right after `plan`.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
 
     Returns:
@@ -153,7 +159,7 @@ def paged_mqa_logits(
         padded = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         out = torch.empty((context_lens.numel(), padded), dtype=torch.float32, device=context_lens.device)[:, :columns]
     torch.ops.vllm_mqa_sm90.paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out
+        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, prefetch, out
     )
     if clean_logits:
         positions = torch.arange(max_context_len, device=out.device)
