@@ -16,6 +16,20 @@ namespace mqa_sm90::hopper {
 
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
+// Arrivals of a warp that gives up what all its lanes have read. One would do, after __syncwarp, but
+// compute-sanitizer's racecheck does not see that __syncwarp orders the lanes. Compiled with
+// NVCC_APPEND_FLAGS=-DMQA_SM90_RACECHECK every lane arrives for itself, which it does see.
+#ifdef MQA_SM90_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 < kWarpArrivals) barrier.arrive();
+}
+
 // Position in a ring of kStages buffers, each guarded by a barrier that flips phase every round.
 template <int kStages>
 struct RingPosition {

@@ -122,8 +122,7 @@ __device__ __forceinline__ Share take_spare(const LogitsParams& p, SharedMemory<
 // What the others call meanwhile.
 template <typename C>
 __device__ __forceinline__ Share receive_spare(SharedMemory<C>& shared, uint32_t& phase) {
-  __syncwarp();  // all lanes have read the share before
-  if (cute::elect_one_sync()) shared.share_empty.arrive();
+  hopper::arrive_as_warp(shared.share_empty);
   shared.share_full.wait(phase);
   phase ^= 1;
   return shared.share;
@@ -308,8 +307,7 @@ struct Consumer {
   __device__ __forceinline__ void reduce(const Tile& t, float (&partial)[C::kNextN][2]) {
     cute::warpgroup_wait<0>();
     hopper::pin(sums);
-    __syncwarp();  // all lanes have their k_scale
-    if (lane == 0) t.empty->arrive();
+    hopper::arrive_as_warp(*t.empty);
 #pragma unroll
     for (int r = 0; r < C::kNextN; ++r) {
       float low[2] = {0, 0}, high[2] = {0, 0};  // tokens i and i + 8, even and odd columns
@@ -379,8 +377,7 @@ struct Consumer {
         }
         store(t.k_scale, partial);
       }
-      __syncwarp();
-      if (lane == 0) shared.query_empty[queries.stage].arrive();
+      hopper::arrive_as_warp(shared.query_empty[queries.stage]);
     }
   }
 
@@ -428,15 +425,15 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
     for (int pipe = 0; pipe < C::kPipes; ++pipe) {
       for (int s = 0; s < C::kStages; ++s) {
         shared.tile_full[pipe][s].init(1);
-        shared.tile_empty[pipe][s].init(4);  // warps of a consumer
+        shared.tile_empty[pipe][s].init(4 * hopper::kWarpArrivals);  // warps of a consumer
       }
     }
     for (int s = 0; s < C::kQuerySlots; ++s) {
       shared.query_full[s].init(1);
-      shared.query_empty[s].init(C::kPipes * 4);
+      shared.query_empty[s].init(C::kPipes * 4 * hopper::kWarpArrivals);
     }
     shared.share_full.init(1);
-    shared.share_empty.init(C::kPipes);
+    shared.share_empty.init(C::kPipes * hopper::kWarpArrivals);
     cutlass::arch::fence_barrier_init();
     if (blockIdx.x == 0) atomicAdd(launch_count, 1ull);
   }
