@@ -470,7 +470,7 @@ def test_plot_again_from_json(tmp_path: Path) -> None:
         (),
         ("kernels",),
         ("kernel", "--shape", "4"),
-        ("kernel", "--next-n", "5"),
+        ("kernel", "--next-n", "9"),
         ("kernel", "--next-n"),
         ("kernel", "--heads", "8"),
         ("kernel", "--page", "16"),

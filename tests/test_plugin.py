@@ -311,7 +311,7 @@ def schedules(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch
     return asked
 
 
-@pytest.mark.parametrize("tokens", range(ops.MAX_NEXT_N))
+@pytest.mark.parametrize("tokens", range(backend.MAX_ROWS))
 def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[str]], tokens: int) -> None:
     config = make_config(tokens)
     builder = make_builder(config, make_spec(), add_cache(config))
@@ -566,5 +566,5 @@ def test_report_of_a_refused_model(schedules: list[Any]) -> None:
     kept = make_builder(config, make_spec(), add_cache(config))
     report = backend.report()
     assert report["taken_over"] is False
-    assert report["reason"] == kept.refusal == "num_speculative_tokens is 4; the kernel takes up to 3"
+    assert report["reason"] == kept.refusal == "num_speculative_tokens is 4; the plugin takes up to 3"
     assert report["launches"] == {}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's indexer backend with this package's kernel in its decode step.
 
-The builder stays vLLM's own: ours is a subclass that lets batches of up to `MAX_NEXT_N` query rows
+The builder stays vLLM's own: ours is a subclass that lets batches of up to `MAX_ROWS` query rows
 a request take vLLM's native path, and puts our plan where DeepGEMM's schedule goes. The plan's
 shape then tells the custom op, layer by layer, whose kernel the step is for.
 """
@@ -20,6 +20,9 @@ import torch
 from vllm_mqa_sm90 import machine, ops, seams
 
 MODES = ("auto", "require", "off")
+
+MAX_ROWS = 4
+"""Most query rows a request for which vLLM's decode steps are taken over; the kernel takes more."""
 
 # The builder (or builder class, where only the configuration is asked for) whose code runs now.
 _building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
@@ -70,8 +73,8 @@ def refusal(builder: type, vllm_config: Any, kv_cache_spec: Any = None) -> str |
 def _config_refusal(builder: type, vllm_config: Any) -> str | None:
     speculative = vllm_config.speculative_config
     tokens = (speculative.num_speculative_tokens or 0) if speculative else 0
-    if tokens + 1 > ops.MAX_NEXT_N:
-        return f"num_speculative_tokens is {tokens}; the kernel takes up to {ops.MAX_NEXT_N - 1}"
+    if tokens + 1 > MAX_ROWS:
+        return f"num_speculative_tokens is {tokens}; the plugin takes up to {MAX_ROWS - 1}"
     if getattr(speculative, "enable_adaptive_verification", False):
         return "enable_adaptive_verification is on: it brings requests of unequal query lengths"
     parallel = vllm_config.parallel_config
@@ -205,7 +208,7 @@ def _schedule(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _native_gate(stock: Callable[[int], bool]) -> Callable[[int], bool]:
     @functools.wraps(stock)
     def _supports_native_decode(next_n: int) -> bool:
-        return stock(next_n) if _building.get() is None else next_n <= ops.MAX_NEXT_N
+        return stock(next_n) if _building.get() is None else next_n <= MAX_ROWS
 
     return _supports_native_decode
 
