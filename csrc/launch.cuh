@@ -8,7 +8,7 @@
 
 namespace mqa_sm90 {
 
-// Device counters of launches by next_n, kept in logits.cu.
+// Device counters of launches by max_rows, kept in logits.cu.
 cudaError_t launch_counters(unsigned long long** counters);
 
 // cuTensorMapEncodeTiled, through the runtime, so that nothing links against the driver's library.
@@ -18,7 +18,7 @@ cudaError_t encode_tensor_map(CUtensorMap* map, int rank, const void* base, cons
 template <typename C>
 cudaError_t launch_variant(const LogitsParams& p, cudaStream_t stream) {
   CUtensorMap q_map, kv_map;
-  const cuuint64_t q_sizes[] = {kHeadDim, static_cast<cuuint64_t>(p.groups) * C::kNextN * C::kHeads};
+  const cuuint64_t q_sizes[] = {kHeadDim, static_cast<cuuint64_t>(p.rows) * C::kHeads};
   const cuuint64_t q_strides[] = {kHeadDim};
   const cuuint32_t q_box[] = {kHeadDim, C::kHeads};
   cudaError_t status = encode_tensor_map(&q_map, 2, p.q, q_sizes, q_strides, q_box);
@@ -50,16 +50,20 @@ cudaError_t launch_variant(const LogitsParams& p, cudaStream_t stream) {
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, p, q_map, kv_map, counters + C::kNextN);
+  return cudaLaunchKernelEx(&config, kernel, p, q_map, kv_map, counters + p.max_rows);
 }
 
 template <int kHeads>
 cudaError_t launch_heads(const LogitsParams& p, cudaStream_t stream) {
-  switch (p.next_n) {
+  switch (p.max_rows) {
     case 1: return launch_variant<Config<kHeads, 1>>(p, stream);
     case 2: return launch_variant<Config<kHeads, 2>>(p, stream);
     case 3: return launch_variant<Config<kHeads, 3>>(p, stream);
     case 4: return launch_variant<Config<kHeads, 4>>(p, stream);
+    case 5:
+    case 6: return launch_variant<Config<kHeads, 6>>(p, stream);
+    case 7:
+    case 8: return launch_variant<Config<kHeads, 8>>(p, stream);
   }
   return cudaErrorInvalidValue;
 }

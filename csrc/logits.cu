@@ -7,7 +7,7 @@
 namespace mqa_sm90 {
 
 namespace {
-__device__ unsigned long long device_launch_counts[kMaxNextN + 1];
+__device__ unsigned long long device_launch_counts[kMaxGroupRows + 1];
 }
 
 template <int kHeads>
@@ -26,7 +26,7 @@ cudaError_t launch_counters(unsigned long long** counters) {
   return cudaGetSymbolAddress(reinterpret_cast<void**>(counters), device_launch_counts);
 }
 
-cudaError_t read_launch_counts(unsigned long long counts[kMaxNextN + 1]) {
+cudaError_t read_launch_counts(unsigned long long counts[kMaxGroupRows + 1]) {
   const cudaError_t status = cudaDeviceSynchronize();  // launches may be on streams that copies don't wait for
   if (status != cudaSuccess) return status;
   return cudaMemcpyFromSymbol(counts, device_launch_counts, sizeof(device_launch_counts));

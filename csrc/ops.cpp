@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -75,6 +76,11 @@ std::string device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? "device cpu" : "a device that is neither cuda nor cpu";
 }
 
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 template <typename... Expected>
 [[noreturn]] void fail(const char* argument, const std::string& given, const Expected&... expected) {
   std::ostringstream text;
@@ -114,50 +120,84 @@ void require_same_device(const Argument& argument, const Argument& reference) {
           argument, device_of, device_of(other), ", as ", reference.name);
 }
 
-// What context_lens says of a step.
-struct Step {
-  int32_t groups, next_n;
-};
+void require_vector(const Argument& argument) {
+  require_dtype(argument, ScalarType::Int);
+  require(argument.tensor.dim() == 1, argument, shape_of, "one dimension");
+  require_contiguous(argument);
+}
 
-// [groups, next_n], or [rows] of next_n 1.
-Step check_context_lens(const Argument& context_lens) {
+void require_max_rows(int64_t max_rows) {
+  require(max_rows >= 1 && max_rows <= kMaxGroupRows, "max_rows", max_rows, "1 to ", kMaxGroupRows, " rows of a group");
+}
+
+// What context_lens says of a uniform step: [groups, next_n], or [rows] of next_n 1.
+StepRows check_context_lens(const Argument& context_lens) {
   const Tensor& tensor = context_lens.tensor;
   require_dtype(context_lens, ScalarType::Int);
   require(tensor.dim() == 1 || tensor.dim() == 2, context_lens, shape_of, "shape [B, next_n], or [T] for next_n 1");
   const int64_t next_n = tensor.dim() == 2 ? tensor.size(1) : 1;
-  require(next_n >= 1 && next_n <= kMaxNextN, context_lens, shape_of, "next_n (the second dimension) from 1 to ",
-          kMaxNextN);
-  require(tensor.numel() <= std::numeric_limits<int32_t>::max(), context_lens, shape_of, "fewer than 2^31 rows");
+  require(next_n >= 1 && next_n <= kMaxGroupRows, context_lens, shape_of, "next_n (the second dimension) from 1 to ",
+          kMaxGroupRows);
+  require(tensor.numel() < kMaxRequests, context_lens, shape_of, "fewer than ", kMaxRequests, " rows");
   require_contiguous(context_lens);
-  return {static_cast<int32_t>(tensor.size(0)), static_cast<int32_t>(next_n)};
+  StepRows step{};
+  step.context_lens = data<int32_t>(tensor);
+  step.rows = static_cast<int32_t>(tensor.numel());
+  step.max_rows = static_cast<int32_t>(next_n);
+  return step;
+}
+
+// Of a ragged one: [rows].
+StepRows check_ragged_context_lens(const Argument& context_lens, int64_t max_rows) {
+  require_max_rows(max_rows);
+  StepRows step = check_context_lens(context_lens);
+  require(context_lens.tensor.dim() == 1, context_lens, shape_of, "shape [T], as the step is ragged");
+  step.max_rows = static_cast<int32_t>(max_rows);
+  step.ragged = true;
+  return step;
+}
+
+// The number of a plan's rows tells whether it has a group table, see table_rows().
+constexpr int64_t kRowsPerCta = plan_rows(1) - 1;
+bool has_group_table(const Tensor& plan) {
+  return plan.dim() == 2 && plan.size(1) == kPlanColumns && (plan.size(0) - 1) % kRowsPerCta != 0;
 }
 
 // CTAs that a plan is for.
-int32_t ctas_of(const Tensor& plan) { return static_cast<int32_t>((plan.size(0) - 1) / (plan_rows(1) - 1)); }
+int32_t ctas_of(const Tensor& plan, int32_t rows) {
+  return static_cast<int32_t>((plan.size(0) - 1 - (has_group_table(plan) ? table_rows(rows) : 0)) / kRowsPerCta);
+}
 
-void check_plan(const Argument& plan, const Argument& context_lens) {
+void check_plan(const Argument& plan, const Argument& context_lens, bool ragged) {
+  const Tensor& tensor = plan.tensor;
   require_same_device(plan, context_lens);
   require_dtype(plan, ScalarType::Int);
-  require(plan.tensor.dim() == 2 && plan.tensor.size(1) == kPlanColumns && ctas_of(plan.tensor) >= 1 &&
-              plan.tensor.size(0) == plan_rows(ctas_of(plan.tensor)) &&
-              plan.tensor.size(0) <= std::numeric_limits<int32_t>::max(),
-          plan, shape_of, "shape [1 + ", plan_rows(1) - 1, " n, ", kPlanColumns, "] for n CTAs, at least one");
+  const int64_t table = ragged ? table_rows(context_lens.tensor.numel()) : 0;
+  const int64_t shares = tensor.dim() == 2 && tensor.size(1) == kPlanColumns ? tensor.size(0) - 1 - table : 0;
+  require(shares >= kRowsPerCta && shares % kRowsPerCta == 0 && tensor.size(0) <= std::numeric_limits<int32_t>::max(),
+          plan, shape_of, "shape [1 + ", kRowsPerCta, " n", ragged ? " + " + std::to_string(table) : "", ", ",
+          kPlanColumns, "] for n CTAs, at least one",
+          ragged ? ", and " + std::to_string(context_lens.tensor.numel()) + " rows in groups" : "");
   require_contiguous(plan);
   require_aligned(plan);
 }
 
 // Everything about a step's logits that does not need a GPU to be checked.
 LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
-                          const Tensor& block_table, const Tensor& plan, int64_t max_context_len, const Tensor& out) {
+                          const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
+                          std::optional<int64_t> max_rows, const Tensor& out) {
   const Argument q_argument{"q", q}, kv_argument{"kv_cache", kv_cache}, weights_argument{"weights", weights},
       lens_argument{"context_lens", context_lens}, table_argument{"block_table", block_table},
       out_argument{"out", out};
-  const auto [groups, next_n] = check_context_lens(lens_argument);
-  const int64_t rows = int64_t{groups} * next_n;
+  const bool ragged = has_group_table(plan) && context_lens.dim() == 1;
+  const StepRows step = ragged ? check_ragged_context_lens(lens_argument, max_rows.value_or(kMaxGroupRows))
+                               : check_context_lens(lens_argument);
+  const int64_t rows = step.rows, next_n = ragged ? 1 : step.max_rows, groups = rows / next_n;
   for (const Argument& argument : {q_argument, kv_argument, weights_argument, table_argument, out_argument}) {
     require_same_device(argument, lens_argument);
   }
-  check_plan({"plan", plan}, lens_argument);
+  check_plan({"plan", plan}, lens_argument, ragged);
+  require(ragged || !max_rows, "max_rows", max_rows.value_or(0), "None, as plan is that of a uniform step");
 
   require_dtype(q_argument, ScalarType::Float8_e4m3fn);
   require((q.dim() == 4 && q.size(0) == groups && q.size(1) == next_n) || (q.dim() == 3 && q.size(0) == rows),
@@ -192,8 +232,11 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
           max_context_len, "0 to 2^31 - 1 tokens");
 
   require_dtype(table_argument, ScalarType::Int);
-  require(block_table.dim() == 2 && block_table.size(0) >= groups, table_argument, shape_of,
-          "shape [R, pages] with R >= ", groups, ", a row for each request of context_lens");
+  const int64_t least_requests = ragged ? std::min<int64_t>(rows, 1) : groups;
+  require(block_table.dim() == 2 && block_table.size(0) >= least_requests, table_argument, shape_of,
+          "shape [R, pages] with R >= ", least_requests, ", a row for each request of ",
+          ragged ? "the plan" : "context_lens");
+  require(block_table.size(0) < kMaxRequests, table_argument, shape_of, "fewer than ", kMaxRequests, " rows");
   require(block_table.size(1) > 0 || max_context_len == 0 || groups == 0, table_argument, shape_of,
           "at least one column, as max_context_len is ", max_context_len);
   require(block_table.size(1) <= std::numeric_limits<int32_t>::max(), table_argument, shape_of,
@@ -207,8 +250,9 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   require(rows <= 1 || out.stride(0) >= max_context_len, out_argument, strides_of, "rows that do not overlap");
 
   LogitsParams params{};
-  params.groups = groups;
-  params.next_n = next_n;
+  params.rows = step.rows;
+  params.max_rows = step.max_rows;
+  params.requests = static_cast<int32_t>(block_table.size(0));
   params.heads = static_cast<int32_t>(heads);
   params.page_size = static_cast<int32_t>(page_size);
   params.num_pages = kv_cache.size(0);
@@ -217,7 +261,7 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   params.block_table_stride = block_table.stride(0);
   params.max_context_len = static_cast<int32_t>(max_context_len);
   params.logits_stride = out.stride(0);
-  params.num_ctas = ctas_of(plan);
+  params.num_ctas = ctas_of(plan, step.rows);
   return params;
 }
 
@@ -242,48 +286,88 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-Step check_plan_call(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
+StepRows check_uniform_plan(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
   const Argument lens_argument{"context_lens", context_lens};
-  const Step step = check_context_lens(lens_argument);
-  require(next_n == step.next_n, "next_n", next_n, step.next_n, ", as context_lens says");
-  check_plan({"out", out}, lens_argument);
+  const StepRows step = check_context_lens(lens_argument);
+  require(next_n == step.max_rows, "next_n", next_n, step.max_rows, ", as context_lens says");
+  check_plan({"out", out}, lens_argument, false);
   return step;
 }
 
-void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
-  const Step step = check_plan_call(context_lens, next_n, out);
-  const int32_t device = context_lens.get_device_index();
+StepRows check_ragged_plan(const Tensor& context_lens, const std::optional<Tensor>& indices,
+                           const std::optional<Tensor>& query_start_loc, int64_t max_rows, const Tensor& out) {
+  const Argument lens_argument{"context_lens", context_lens};
+  StepRows step = check_ragged_context_lens(lens_argument, max_rows);
+  if (indices.has_value() == query_start_loc.has_value()) {
+    fail("indices", indices ? "both" : "neither", "either indices or query_start_loc");
+  }
+  if (indices) {
+    const Argument argument{"indices", *indices};
+    require_same_device(argument, lens_argument);
+    require_vector(argument);
+    require(indices->size(0) == step.rows, argument, shape_of, "shape [", step.rows, "], as context_lens");
+    step.indices = data<int32_t>(*indices);
+  } else {
+    const Argument argument{"query_start_loc", *query_start_loc};
+    require_same_device(argument, lens_argument);
+    require_vector(argument);
+    const int64_t requests = query_start_loc->size(0) - 1;
+    require(requests >= 0 && requests < kMaxRequests, argument, shape_of, "shape [R + 1], R from 0 to ",
+            kMaxRequests - 1);
+    step.query_start_loc = data<int32_t>(*query_start_loc);
+    step.requests = static_cast<int32_t>(requests);
+  }
+  check_plan({"out", out}, lens_argument, true);
+  return step;
+}
+
+void plan_on_device(const StepRows& step, const Tensor& out) {
+  const int32_t device = out.get_device_index();
   require_sm90(device);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_plan(data<int32_t>(context_lens), step.groups, step.next_n, data<int32_t>(out),
-                         ctas_of(out), current_stream(device)),
+  check_cuda(launch_plan(step, data<int32_t>(out), ctas_of(out, step.rows), current_stream(device)),
              "launch of the plan kernel");
 }
 
+void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
+  plan_on_device(check_uniform_plan(context_lens, next_n, out), out);
+}
+
 void plan_cpu(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
-  const Step step = check_plan_call(context_lens, next_n, out);
-  plan_on_host(data<int32_t>(context_lens), step.groups, step.next_n, data<int32_t>(out),
-               ctas_of(out));
+  const StepRows step = check_uniform_plan(context_lens, next_n, out);
+  plan_on_host(step, data<int32_t>(out), ctas_of(out, step.rows));
+}
+
+void plan_ragged_cuda(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
+                      int64_t max_rows, const Tensor& out) {
+  plan_on_device(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, out), out);
+}
+
+void plan_ragged_cpu(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
+                     int64_t max_rows, const Tensor& out) {
+  const StepRows step = check_ragged_plan(context_lens, indices, query_start_loc, max_rows, out);
+  plan_on_host(step, data<int32_t>(out), ctas_of(out, step.rows));
+}
+
+const Group* group_table_of(const Tensor& plan, int32_t num_ctas) {
+  return has_group_table(plan) ? data<Group>(plan) + plan_rows(num_ctas) : nullptr;
 }
 
 void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
-                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len, bool prefetch,
-                 const Tensor& out) {
-  LogitsParams params = check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out);
+                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
+                 std::optional<int64_t> max_rows, bool prefetch, const Tensor& out) {
+  LogitsParams params =
+      check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
   const int32_t device = q.get_device_index();
   require_sm90(device);
-  if (params.groups == 0 || params.max_context_len == 0) return;
+  if (params.rows == 0 || params.max_context_len == 0) return;
   params.q = q.data_ptr();
   params.kv_cache = data<uint8_t>(kv_cache);
   params.weights = data<float>(weights);
   params.context_lens = data<int32_t>(context_lens);
   params.block_table = data<int32_t>(block_table);
   params.plan = data<int32_t>(plan);
+  params.group_table = group_table_of(plan, params.num_ctas);
   params.logits = data<float>(out);
   params.prefetch = prefetch;
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -292,8 +376,9 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
 
 // CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
 void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
-                const Tensor& block_table, const Tensor& plan, int64_t max_context_len, bool, const Tensor& out) {
-  check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, out);
+                const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
+                std::optional<int64_t> max_rows, bool, const Tensor& out) {
+  check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
   fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
 }
 
@@ -301,36 +386,41 @@ std::vector<int64_t> launch_counts(int64_t device) {
   require(device >= 0 && device <= std::numeric_limits<int32_t>::max(), "device", device, "the index of a CUDA device");
   require_sm90(static_cast<int32_t>(device));
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
-  unsigned long long counts[kMaxNextN + 1] = {};
+  unsigned long long counts[kMaxGroupRows + 1] = {};
   check_cuda(read_launch_counts(counts), "reading the launch counts");
-  return {counts, counts + kMaxNextN + 1};
+  return {counts, counts + kMaxGroupRows + 1};
 }
 
-// The tiles that the kernel's walk over `plan` visits, as rows (share, group, tile) of `out`, which
-// has one row for each.
+// The tiles that the kernel's walk over `plan` visits, as rows (share, the group's first row, its rows, its
+// request, tile) of `out`, which has one row for each.
 void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
   const Argument plan_argument{"plan", plan}, lens_argument{"context_lens", context_lens}, out_argument{"out", out};
-  const Step step = check_context_lens(lens_argument);
-  check_plan(plan_argument, lens_argument);
+  const StepRows step = check_context_lens(lens_argument);
+  check_plan(plan_argument, lens_argument, has_group_table(plan));
   require_same_device(out_argument, lens_argument);
   require_dtype(out_argument, ScalarType::Int);
   require_contiguous(out_argument);
 
-  const auto* shares = data<const Share>(plan) + 1;
-  const auto* lens = data<const int32_t>(context_lens);
+  const int32_t num_ctas = ctas_of(plan, step.rows);
+  const Groups groups{group_table_of(plan, num_ctas), step.rows, step.max_rows};
+  const auto* shares = data<Share>(plan) + 1;
   std::vector<int32_t> visits;
-  for (int32_t s = 0; s < plan.size(0) - 1; ++s) {
+  for (int32_t s = 0; s < plan_rows(num_ctas) - 1; ++s) {
     const Share& share = shares[s];
-    require(share.group >= 0 && share.tile >= 0 && share.num_tiles >= 0, "plan", s, "no negative number in any share");
-    for (Walk walk(share, step.groups); !walk.done();) {
-      const Segment segment = walk.next(tiles_of_group(lens, walk.group, step.next_n));
+    require(share.first_row >= 0 && share.tile >= 0 && share.num_tiles >= 0, "plan", s,
+            "no negative number in any share");
+    for (Walk walk(share); !walk.done();) {
+      const Group group = walk.group;
+      require(int64_t{group.first_row} + group.rows <= step.rows, "plan", s, "groups of ", step.rows,
+              " rows, as context_lens has, in every share");
+      const Segment segment = walk.next(tiles_of_group(step.context_lens, group), groups.after(group));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
-        visits.insert(visits.end(), {s, segment.group, segment.first_tile + i});
+        visits.insert(visits.end(), {s, group.first_row, group.rows, group.request, segment.first_tile + i});
       }
     }
   }
-  require(out.dim() == 2 && out.size(1) == 3 && out.numel() == static_cast<int64_t>(visits.size()), out_argument,
-          shape_of, "shape [", visits.size() / 3, ", 3], a row for each tile that the plan visits");
+  require(out.dim() == 2 && out.size(1) == 5 && out.numel() == static_cast<int64_t>(visits.size()), out_argument,
+          shape_of, "shape [", visits.size() / 5, ", 5], a row for each tile that the plan visits");
   std::copy(visits.begin(), visits.end(), data<int32_t>(out));
 }
 
@@ -340,19 +430,23 @@ void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
 STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
   library.def("plan(Tensor context_lens, int next_n, Tensor(a!) out) -> ()");
   library.def(
+      "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, Tensor(a!) out) -> ()");
+  library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-      "Tensor(a!) plan, int max_context_len, bool prefetch, Tensor(b!) out) -> ()");
+      "Tensor(a!) plan, int max_context_len, int? max_rows, bool prefetch, Tensor(b!) out) -> ()");
   library.def("launch_counts(int device) -> int[]");
   library.def("walk(Tensor plan, Tensor context_lens, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CUDA, library) {
   library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cuda));
+  library.impl("plan_ragged", TORCH_BOX(&mqa_sm90::plan_ragged_cuda));
   library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CPU, library) {
   library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cpu));
+  library.impl("plan_ragged", TORCH_BOX(&mqa_sm90::plan_ragged_cpu));
   library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cpu));
   library.impl("walk", TORCH_BOX(&mqa_sm90::walk));
 }

@@ -3,14 +3,15 @@
 //
 //     logits[row, s] = k_scale[s] * sum_h weights[row, h] * relu(q[row, h, :] . k[s, :])
 //
-// for `next_n` query rows per request ("group") against the request's paged FP8 keys, each key read
+// for the query rows of a request ("group") against the request's paged FP8 keys, each key read
 // from memory once. Persistent: a CTA walks its shares of the plan (schedule.cuh) and deals their
 // 64-token tiles out to its pipes in turn. A pipe is a producer warp, a ring of shared-memory stages
-// and a consumer warpgroup. One more warp fetches the queries, for the group at hand and the next,
-// and spare shares.
+// and a consumer warpgroup; for groups of more than four rows there is one pipe with two consumers,
+// and each scores all its tiles for half of the rows. One more warp fetches the queries, for the
+// group at hand and the next, and spare shares.
 //
-// The tile is wgmma's A operand (tokens along M), the queries of all rows are B: a tile is scored by
-// four instructions. A pipe's tensor-core work and its arithmetic take turns; the other pipe's fill in.
+// The tile is wgmma's A operand (tokens along M), the queries of a consumer's rows are B: a tile is
+// scored by four instructions. A consumer's tensor-core work and its arithmetic take turns; the other's fill in.
 #pragma once
 
 #include "hopper.cuh"
@@ -18,32 +19,38 @@
 
 namespace mqa_sm90 {
 
-template <int kHeads_, int kNextN_>
+template <int kHeads_, int kGroupRows_>
 struct Config {
   static constexpr int kHeads = kHeads_;
-  static constexpr int kNextN = kNextN_;
-  static constexpr int kColumns = hopper::wgmma_columns(kHeads * kNextN);    // of which the first are used
+  static constexpr int kGroupRows = kGroupRows_;                             // of the widest group
+  static constexpr int kConsumers = 2;
+  static constexpr int kConsumersPerPipe = kGroupRows > 4 ? 2 : 1;           // which share a group's rows
+  static constexpr int kPipes = kConsumers / kConsumersPerPipe;
+  static constexpr int kRows = kGroupRows / kConsumersPerPipe;               // of a consumer
+  static_assert(kRows * kConsumersPerPipe == kGroupRows);
+
+  static constexpr int kColumns = hopper::wgmma_columns(kHeads * kRows);     // of which the first are used
   static constexpr int kWeights = kHeads / 8;                                // float2 a thread and row
   static constexpr int kQueryBytes = kHeads * kHeadDim;                      // of one row
   static constexpr int kQuerySlots = 2;                                      // groups whose queries are resident
+  static constexpr int kQuerySlotBytes = (kGroupRows - kRows) * kQueryBytes + kColumns * kHeadDim;
 
-  static constexpr int kPipes = 2;
-  static constexpr int kThreads = kPipes * 128 + 128;                        // consumers, then the producers
+  static constexpr int kThreads = kConsumers * 128 + 128;                    // consumers, then the producers
   static constexpr int kConsumerRegisters = 232;                             // 2 * 232 + 40 = 3 * 168
   static constexpr int kProducerRegisters = 40;
 
   static constexpr int kTileBytes = kTileTokens * kHeadDim;
   static constexpr int kMaxSharedBytes = 227 * 1024;                         // of a CTA
-  static constexpr int kFixedBytes = kQuerySlots * (kColumns * kHeadDim + kNextN * kHeads * 4) + 2048;
+  static constexpr int kFixedBytes = kQuerySlots * (kQuerySlotBytes + kGroupRows * kHeads * 4) + 2048;
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kFixedBytes) / (kPipes * (kTileBytes + kTileTokens * 4));
-  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;    // of a pipe
+  static constexpr int kStages = kStagesThatFit < 16 / kPipes ? kStagesThatFit : 16 / kPipes;  // of a pipe
 };
 
 // What the consumers are told about a segment, the next run of tiles.
-template <int kNextN>
+template <int kGroupRows>
 struct SegmentInfo {
   int32_t first_row, first_tile, num_tiles;  // num_tiles 0: the end
-  int32_t lens[kNextN];
+  int32_t lens[kGroupRows];                  // 0 past the group's rows
 };
 
 // Each pipe has a ring of its own. In a common ring a stage's rounds would go to different consumers,
@@ -51,10 +58,10 @@ struct SegmentInfo {
 template <typename C>
 struct SharedMemory {
   alignas(1024) uint8_t tile[C::kPipes][C::kStages][C::kTileBytes];
-  alignas(1024) uint8_t query[C::kQuerySlots][C::kColumns * kHeadDim];
+  alignas(1024) uint8_t query[C::kQuerySlots][C::kQuerySlotBytes];
   alignas(16) float k_scale[C::kPipes][C::kStages][kTileTokens];
-  alignas(16) float weights[C::kQuerySlots][C::kNextN * C::kHeads];
-  SegmentInfo<C::kNextN> segment[C::kQuerySlots];
+  alignas(16) float weights[C::kQuerySlots][C::kGroupRows * C::kHeads];
+  SegmentInfo<C::kGroupRows> segment[C::kQuerySlots];
   Share share;  // after the CTA's own
   hopper::Barrier tile_full[C::kPipes][C::kStages], tile_empty[C::kPipes][C::kStages];
   hopper::Barrier query_full[C::kQuerySlots], query_empty[C::kQuerySlots];
@@ -74,21 +81,21 @@ struct Turn {
 };
 
 // Lengths of a group's rows, read ahead: nothing waits for them before longest() is called.
-template <int kNextN>
+template <int kGroupRows>
 struct Lengths {
-  int32_t rows[kNextN];
+  int32_t rows[kGroupRows];
 
-  __device__ __forceinline__ void load(const LogitsParams& p, int32_t group) {
+  __device__ __forceinline__ void load(const LogitsParams& p, const Group& group) {
 #pragma unroll
-    for (int r = 0; r < kNextN; ++r) rows[r] = group < p.groups ? p.context_lens[group * kNextN + r] : 0;
+    for (int r = 0; r < kGroupRows; ++r) rows[r] = r < group.rows ? p.context_lens[group.first_row + r] : 0;
   }
-  __device__ __forceinline__ int32_t longest() const { return longest_of_group(rows, kNextN); }
+  __device__ __forceinline__ int32_t longest() const { return longest_of_rows(rows, kGroupRows); }
 
   // Tiles of tokens from before this step alone: a row's own token is the last that it sees.
   __device__ __forceinline__ int32_t older_tiles() const {
     int32_t shortest = INT32_MAX;
 #pragma unroll
-    for (int r = 0; r < kNextN; ++r) shortest = rows[r] > 0 ? min(shortest, rows[r]) : shortest;
+    for (int r = 0; r < kGroupRows; ++r) shortest = rows[r] > 0 ? min(shortest, rows[r]) : shortest;
     return (shortest - 1) / kTileTokens;
   }
 };
@@ -134,38 +141,43 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
   // Columns that exist both in the output and in the block table.
   const int32_t columns = min(static_cast<int64_t>(p.block_table_width) * p.page_size, int64_t{p.max_context_len});
   const int32_t spares = reinterpret_cast<const PlanHeader*>(p.plan)->spares;
+  const Groups groups{p.group_table, p.rows, p.max_rows};
   hopper::RingPosition<C::kQuerySlots> slot;
 
   for (uint32_t phase = 0; share.num_tiles != kNoShare; share = take_spare(p, shared, spares, phase)) {
-    Walk walk(share, p.groups);
-    Lengths<C::kNextN> ahead;
+    Walk walk(share);
+    Group following = groups.after(walk.group);
+    Lengths<C::kGroupRows> ahead;
     ahead.load(p, walk.group);
     cudaGridDependencySynchronize();  // queries, weights and the count of spare shares come from kernels before
 
     while (!walk.done()) {
-      const Lengths<C::kNextN> lens = ahead;
-      const int32_t first_row = walk.group * C::kNextN;
-      const Segment segment = walk.next(tiles_of_length(lens.longest()));
+      const Lengths<C::kGroupRows> lens = ahead;
+      const Group group = walk.group;
+      if (group.rows > C::kGroupRows) __trap();  // the plan is for wider groups than the launch
+      const Segment segment = walk.next(tiles_of_length(lens.longest()), following);
       ahead.load(p, walk.group);
+      following = groups.after(walk.group);
       if (segment.num_tiles == 0) continue;
       shared.query_empty[slot.stage].wait(slot.phase ^ 1);
       if (cute::elect_one_sync()) {
-        SegmentInfo<C::kNextN>& info = shared.segment[slot.stage];
-        info.first_row = first_row;
+        SegmentInfo<C::kGroupRows>& info = shared.segment[slot.stage];
+        info.first_row = group.first_row;
         info.first_tile = segment.first_tile;
         info.num_tiles = segment.num_tiles;
 #pragma unroll
-        for (int r = 0; r < C::kNextN; ++r) info.lens[r] = min(lens.rows[r], columns);
+        for (int r = 0; r < C::kGroupRows; ++r) info.lens[r] = min(lens.rows[r], columns);
         hopper::Barrier& full = shared.query_full[slot.stage];
-        full.arrive_and_expect_tx(C::kNextN * (C::kQueryBytes + C::kHeads * 4));
+        full.arrive_and_expect_tx(group.rows * (C::kQueryBytes + C::kHeads * 4));
         auto* barrier = reinterpret_cast<uint64_t*>(&full);
 #pragma unroll
-        for (int r = 0; r < C::kNextN; ++r) {
+        for (int r = 0; r < C::kGroupRows; ++r) {
+          if (r >= group.rows) break;
           cute::SM90_TMA_LOAD_2D::copy(&q_map, barrier, kKeep, shared.query[slot.stage] + r * C::kQueryBytes, 0,
-                                       (first_row + r) * C::kHeads);
+                                       (group.first_row + r) * C::kHeads);
         }
-        cute::SM90_BULK_COPY_G2S::copy(p.weights + static_cast<int64_t>(first_row) * C::kHeads, barrier,
-                                       shared.weights[slot.stage], C::kNextN * C::kHeads * 4);
+        cute::SM90_BULK_COPY_G2S::copy(p.weights + static_cast<int64_t>(group.first_row) * C::kHeads, barrier,
+                                       shared.weights[slot.stage], group.rows * C::kHeads * 4);
       }
       __syncwarp();
       slot.advance();
@@ -189,33 +201,40 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
   const int pages_per_tile = kTileTokens / p.page_size;
   const int page_bytes = p.page_size * kHeadDim;
 
+  const Groups groups{p.group_table, p.rows, p.max_rows};
   hopper::RingPosition<C::kStages> stage;
   Turn<C::kPipes> turn{pipe};
 
   // Lane i's page ids, of the pipe's i-th tile from `tile` on: a page of 64 tokens or two of 32.
   struct PageIds { int32_t first, second; };
-  const auto load_ids = [&](int32_t group, int32_t tile) {
-    const int32_t* block_table = p.block_table + group * p.block_table_stride;
+  const auto load_ids = [&](const Group& group, int32_t tile) {
+    const int32_t* block_table = p.block_table + group.request * p.block_table_stride;
     const int32_t page = (tile + lane * C::kPipes) * pages_per_tile;
-    const int32_t pages = group < p.groups ? p.block_table_width - page : 0;
+    // A request of padding rows may be any number.
+    const bool exists = static_cast<uint32_t>(group.request) < static_cast<uint32_t>(p.requests);
+    const int32_t pages = exists ? p.block_table_width - page : 0;
     return PageIds{pages > 0 ? block_table[page] : 0, pages > 1 && pages_per_tile > 1 ? block_table[page + 1] : 0};
   };
 
   for (uint32_t phase = 0; share.num_tiles != kNoShare; share = receive_spare(shared, phase)) {
-    Walk walk(share, p.groups);
-    Lengths<C::kNextN> lens_ahead;
+    Walk walk(share);
+    Group following = groups.after(walk.group);
+    Lengths<C::kGroupRows> lens_ahead;
     lens_ahead.load(p, walk.group);
     PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip());
 
     while (!walk.done()) {
-      const int32_t group = walk.group;
-      const int32_t longest = lens_ahead.longest(), older_tiles = lens_ahead.older_tiles();
+      const Group group = walk.group;
+      const int32_t longest = lens_ahead.longest();
+      // What the other groups of its request see of this step is unknown here.
+      const int32_t older_tiles = group.cut ? 0 : lens_ahead.older_tiles();
       PageIds ids = ids_ahead;
-      const Segment segment = walk.next(tiles_of_length(longest));
+      const Segment segment = walk.next(tiles_of_length(longest), following);
       int32_t t = turn.skip();
       turn.take(segment.num_tiles);
       lens_ahead.load(p, walk.group);
       ids_ahead = load_ids(walk.group, turn.skip());
+      following = groups.after(walk.group);
       // Pages that hold tokens of this group: nothing past them is named, so nothing past them is read.
       const int32_t num_pages = min(longest / p.page_size + (longest % p.page_size != 0), p.block_table_width);
 
@@ -251,7 +270,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Consumers: a warpgroup a pipe. Of a tile's sums its thread (warp, i = lane / 4, c = lane % 4) holds
+// Consumers: a warpgroup for all or half of a group's rows. Of a tile's sums its thread (warp, i = lane / 4, c = lane % 4) holds
 // tokens 16 warp + i and + 8, and of every 8 columns the two from 2c on (hopper.cuh).
 // ---------------------------------------------------------------------------------------------
 template <typename C>
@@ -262,11 +281,12 @@ struct Consumer {
     float k_scale;  // of the token whose logits this thread stores
   };
   // Of rows: lanes c = 0, 1 store the first one's logits, lanes 2, 3 the second one's.
-  static constexpr int kPairs = (C::kNextN + 1) / 2;
+  static constexpr int kPairs = (C::kRows + 1) / 2;
 
   const LogitsParams& p;
   SharedMemory<C>& shared;
   const int pipe;
+  const int first_row;                // of a group's, that is this consumer's
   const int lane = threadIdx.x % 32;  // of the warp
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
   // After the reduction even lanes hold token i of the warp's sixteen and odd lanes token i + 8.
@@ -275,12 +295,13 @@ struct Consumer {
   hopper::RingPosition<C::kStages> stage;  // of the next tile
   bool arrived = false;                    // it is known to have
   float sums[C::kColumns / 2];             // the accumulators: q . k
-  float2 weights[C::kNextN][C::kWeights];
+  float2 weights[C::kRows][C::kWeights];
   float* logits[kPairs];                   // where this thread stores next
   int32_t left[kPairs];                    // tokens of that row from there on
-  int32_t left_of_warp;                    // likewise, of the group's longest row and the warp's first token
+  int32_t left_of_warp;                    // likewise, of the longest row and the warp's first token
 
-  __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int pipe_) : p(params), shared(s), pipe(pipe_) {}
+  __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int index)
+      : p(params), shared(s), pipe(index / C::kConsumersPerPipe), first_row(index % C::kConsumersPerPipe * C::kRows) {}
 
   __device__ __forceinline__ Tile load_tile() {
     if (!arrived) shared.tile_full[pipe][stage.stage].wait(stage.phase);
@@ -304,12 +325,12 @@ struct Consumer {
   // Waits for the sums, frees the tile's stage and adds up this thread's share of each row's heads,
   // for its two tokens. The order of additions depends on nothing but the head count, here and in
   // store(), so a row's bits don't depend on its batch.
-  __device__ __forceinline__ void reduce(const Tile& t, float (&partial)[C::kNextN][2]) {
+  __device__ __forceinline__ void reduce(const Tile& t, float (&partial)[C::kRows][2]) {
     cute::warpgroup_wait<0>();
     hopper::pin(sums);
     hopper::arrive_as_warp(*t.empty);
 #pragma unroll
-    for (int r = 0; r < C::kNextN; ++r) {
+    for (int r = 0; r < C::kRows; ++r) {
       float low[2] = {0, 0}, high[2] = {0, 0};  // tokens i and i + 8, even and odd columns
 #pragma unroll
       for (int j = 0; j < C::kWeights; ++j) {
@@ -328,14 +349,14 @@ struct Consumer {
 
   // Adds up over the four threads that share the tokens, and stores the logits. In each step of two
   // lanes each gives away half of what it has and keeps the sums of the rest: tokens, then rows.
-  __device__ __forceinline__ void store(float k_scale, const float (&partial)[C::kNextN][2]) {
+  __device__ __forceinline__ void store(float k_scale, const float (&partial)[C::kRows][2]) {
     const auto exchange = [this](float first, float second, int bit) {
       return (lane & bit ? second : first) + __shfl_xor_sync(~0u, lane & bit ? first : second, bit);
     };
     float logit[2 * kPairs];
 #pragma unroll
     for (int r = 0; r < 2 * kPairs; ++r) {
-      logit[r] = r < C::kNextN ? exchange(partial[r][0], partial[r][1], 1) : logit[r - 1];
+      logit[r] = r < C::kRows ? exchange(partial[r][0], partial[r][1], 1) : logit[r - 1];
     }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
@@ -351,18 +372,18 @@ struct Consumer {
     Turn<C::kPipes> turn{pipe};
     for (;; queries.advance()) {
       shared.query_full[queries.stage].wait(queries.phase);
-      const SegmentInfo<C::kNextN>& info = shared.segment[queries.stage];
+      const SegmentInfo<C::kGroupRows>& info = shared.segment[queries.stage];
       const int32_t tiles_in_segment = info.num_tiles;
       if (tiles_in_segment == 0) return;
       const int32_t skip = turn.skip();
       turn.take(tiles_in_segment);
       int32_t tiles = (tiles_in_segment - skip + C::kPipes - 1) / C::kPipes;
       if (tiles > 0) {
-        const hopper::Operand operand(shared.query[queries.stage]);
+        const hopper::Operand operand(shared.query[queries.stage] + first_row * C::kQueryBytes);
         Tile t = load_tile();
         start(t, operand);
         prepare(info, (info.first_tile + skip) * kTileTokens, shared.weights[queries.stage]);
-        float partial[C::kNextN][2];
+        float partial[C::kRows][2];
         for (;;) {
           // Asked while the tensor cores are busy: after the reduction they would wait for the answer.
           arrived = shared.tile_full[pipe][stage.stage].test_wait(stage.phase);
@@ -382,18 +403,19 @@ struct Consumer {
   }
 
   // For a segment: where to store, up to where, and the weights of this thread's columns.
-  __device__ __forceinline__ void prepare(const SegmentInfo<C::kNextN>& info, int32_t tile_position,
-                                          const float* weights_of_rows) {
+  __device__ __forceinline__ void prepare(const SegmentInfo<C::kGroupRows>& info, int32_t tile_position,
+                                          const float* weights_of_group) {
     const int32_t position = tile_position + token;
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const int row = 2 * pair + (lane >> 1 & 1);
-      logits[pair] = p.logits + (info.first_row + row) * p.logits_stride + position;
-      left[pair] = row < C::kNextN ? info.lens[row] - position : 0;
+      logits[pair] = p.logits + (info.first_row + first_row + row) * p.logits_stride + position;
+      left[pair] = row < C::kRows ? info.lens[first_row + row] - position : 0;
     }
-    left_of_warp = longest_of_group(info.lens, C::kNextN) - tile_position - warp * 16;
+    left_of_warp = longest_of_rows(info.lens + first_row, C::kRows) - tile_position - warp * 16;
+    const float* weights_of_rows = weights_of_group + first_row * C::kHeads;
 #pragma unroll
-    for (int r = 0; r < C::kNextN; ++r) {
+    for (int r = 0; r < C::kRows; ++r) {
 #pragma unroll
       for (int j = 0; j < C::kWeights; ++j) {
         weights[r][j] = *reinterpret_cast<const float2*>(weights_of_rows + r * C::kHeads + 8 * j + 2 * (lane % 4));
@@ -411,7 +433,7 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   Share own;
-  if (warpgroup == C::kPipes) {
+  if (warpgroup == C::kConsumers) {
     if (threadIdx.x % 128 == 0) {
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&kv_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&q_map));
@@ -425,12 +447,12 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
     for (int pipe = 0; pipe < C::kPipes; ++pipe) {
       for (int s = 0; s < C::kStages; ++s) {
         shared.tile_full[pipe][s].init(1);
-        shared.tile_empty[pipe][s].init(4 * hopper::kWarpArrivals);  // warps of a consumer
+        shared.tile_empty[pipe][s].init(C::kConsumersPerPipe * 4 * hopper::kWarpArrivals);  // warps of the consumers
       }
     }
     for (int s = 0; s < C::kQuerySlots; ++s) {
       shared.query_full[s].init(1);
-      shared.query_empty[s].init(C::kPipes * 4 * hopper::kWarpArrivals);
+      shared.query_empty[s].init(C::kConsumers * 4 * hopper::kWarpArrivals);
     }
     shared.share_full.init(1);
     shared.share_empty.init(C::kPipes * hopper::kWarpArrivals);
@@ -439,7 +461,7 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
   }
   __syncthreads();
 
-  if (warpgroup == C::kPipes) {
+  if (warpgroup == C::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
     if (warp < C::kPipes) {

@@ -9,23 +9,44 @@ namespace mqa_sm90 {
 
 constexpr int kHeadDim = 128;      // bytes of one FP8 key or query head
 constexpr int kTileTokens = 64;    // tokens scored per step of the kernel: one wgmma M
-constexpr int kMaxNextN = 4;       // query rows of one group that share a KV tile
+constexpr int kMaxGroupRows = 8;   // query rows that share a KV tile
 constexpr int kPlanColumns = 4;    // int32 columns of the plan, see schedule.cuh
 constexpr int kSparesPerCta = 4;   // spare shares in the plan, at most, for each CTA
 
+// Rows of the plan, but for those of a ragged step's group table.
 constexpr int64_t plan_rows(int64_t num_ctas) { return 1 + num_ctas * (1 + kSparesPerCta); }
 
-// One step: `groups` requests of `next_n` query rows each, rows in request order.
-struct LogitsParams {
-  const void* q;                // [groups * next_n, heads, kHeadDim] e4m3, contiguous
-  const uint8_t* kv_cache;      // [num_pages] pages, page_stride bytes apart
-  const float* weights;         // [groups * next_n, heads], contiguous
-  const int32_t* context_lens;  // [groups * next_n]
-  const int32_t* block_table;   // [groups] rows, block_table_stride entries apart
-  int32_t* plan;                // [plan_rows(num_ctas), kPlanColumns]; counts while the launch runs
-  float* logits;                // [groups * next_n] rows, logits_stride elements apart
+// Rows of the group table: one more than the step's, the last one empty, where a plan with it would
+// otherwise have as many rows as one without it, for more CTAs.
+constexpr int64_t table_rows(int64_t rows) { return rows + (rows % (1 + kSparesPerCta) == 0); }
 
-  int32_t groups, next_n, heads;
+// A step's query rows, in request order, and what says which of them form groups.
+struct StepRows {
+  const int32_t* context_lens;  // [rows]
+  int32_t rows;
+  int32_t max_rows;             // of a group; a uniform step's groups all have so many
+  bool ragged;
+  // A ragged step that has rows has one of these.
+  const int32_t* indices;          // [rows]: request of each
+  const int32_t* query_start_loc;  // [requests + 1]: first row of each, and the last one's end
+  int32_t requests;
+};
+
+struct Group;  // schedule.cuh
+
+struct LogitsParams {
+  const void* q;                // [rows, heads, kHeadDim] e4m3, contiguous
+  const uint8_t* kv_cache;      // [num_pages] pages, page_stride bytes apart
+  const float* weights;         // [rows, heads], contiguous
+  const int32_t* context_lens;  // [rows]
+  const int32_t* block_table;   // [requests] rows, block_table_stride entries apart
+  int32_t* plan;                // [plan_rows(num_ctas), kPlanColumns]; counts while the launch runs
+  const Group* group_table;     // a ragged step's, [rows]; else nullptr
+  float* logits;                // [rows] rows, logits_stride elements apart
+
+  int32_t rows, heads;
+  int32_t max_rows;             // of a group; a uniform step's groups all have so many
+  int32_t requests;
   int32_t page_size;            // tokens per page: 32 or 64
   int64_t num_pages;
   int64_t page_stride;          // bytes, a multiple of 16
@@ -40,15 +61,14 @@ struct LogitsParams {
 };
 
 // Both launch asynchronously on `stream` of the current device and return the launch's status.
-cudaError_t launch_plan(const int32_t* context_lens, int32_t groups, int32_t next_n, int32_t* plan,
-                        int32_t num_ctas, cudaStream_t stream);
+cudaError_t launch_plan(const StepRows& step, int32_t* plan, int32_t num_ctas, cudaStream_t stream);
 cudaError_t launch_logits(const LogitsParams& params, cudaStream_t stream);
 
-// Launches of the logits kernel on the current device by next_n (index 0 unused), counted on the
+// Launches of the logits kernel on the current device by max_rows (index 0 unused), counted on the
 // device, so that replays of a CUDA graph count too. Synchronises with the device.
-cudaError_t read_launch_counts(unsigned long long counts[kMaxNextN + 1]);
+cudaError_t read_launch_counts(unsigned long long counts[kMaxGroupRows + 1]);
 
 // The plan on the host, by the same code as the kernel's; for CPU tensors and for tests.
-void plan_on_host(const int32_t* context_lens, int32_t groups, int32_t next_n, int32_t* plan, int32_t num_ctas);
+void plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas);
 
 }  // namespace mqa_sm90

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plan: one small launch per step, shared by all layers. See schedule.cuh.
 #include <cub/block/block_scan.cuh>
+#include <cuda/functional>
 
 #include "schedule.cuh"
 
@@ -8,22 +9,57 @@ namespace mqa_sm90 {
 namespace {
 
 constexpr int kPlanThreads = 1024;
+using Scan = cub::BlockScan<int32_t, kPlanThreads>;
 
-// One block. Thread i counts the tiles of a contiguous chunk of groups; a scan gives every chunk
-// its place on the line of tiles; then each thread looks up the start of some shares.
+// This thread's part of `count` things, a contiguous chunk.
+struct Chunk {
+  int32_t size, begin, end;
+
+  __device__ explicit Chunk(int32_t count)
+      : size((count + kPlanThreads - 1) / kPlanThreads),
+        begin(min(static_cast<int32_t>(threadIdx.x) * size, count)),
+        end(min(begin + size, count)) {}
+};
+
+__device__ void fill_group_table(const StepRows& step, Group* table, Scan::TempStorage& scan_storage) {
+  if (threadIdx.x == 0 && table_rows(step.rows) > step.rows) table[step.rows] = {0, 0, 0, 0};
+  const Chunk rows(step.rows);
+  if (step.indices != nullptr) {
+    int32_t run_start = 0;  // of the last run that starts here or before
+    for (int32_t row = rows.begin; row < rows.end; ++row) {
+      if (starts_run(step.indices, row)) run_start = row;
+    }
+    Scan(scan_storage).ExclusiveScan(run_start, run_start, 0, cuda::maximum<int32_t>{});
+    for (int32_t row = rows.begin; row < rows.end; ++row) {
+      if (starts_run(step.indices, row)) run_start = row;
+      table[row] = group_from_indices(step, row, run_start);
+    }
+  } else {
+    for (int32_t row = rows.begin; row < rows.end; ++row) table[row] = {0, 0, 0, 0};
+    __syncthreads();
+    for (int32_t r = threadIdx.x; r < step.requests; r += kPlanThreads) enter_request(step, r, table);
+  }
+  __syncthreads();
+}
+
+Group* group_table_of(const StepRows& step, int32_t* plan, int32_t num_ctas) {
+  return step.ragged ? reinterpret_cast<Group*>(plan) + plan_rows(num_ctas) : nullptr;
+}
+
+// One block. First the group table, if the step is ragged. Then thread i counts the tiles of a
+// contiguous chunk of groups; a scan gives every chunk its place on the line of tiles; then each
+// thread looks up the start of some shares.
 __global__ void __launch_bounds__(kPlanThreads)
-plan_kernel(const int32_t* __restrict__ context_lens, int32_t groups, int32_t next_n,
-            int32_t* __restrict__ plan, int32_t num_ctas) {
-  using Scan = cub::BlockScan<int32_t, kPlanThreads>;
+plan_kernel(const StepRows step, int32_t* plan, Group* table, int32_t num_ctas) {
   __shared__ typename Scan::TempStorage scan_storage;
   __shared__ int32_t chunk_start[kPlanThreads];
 
-  const int32_t chunk = (groups + kPlanThreads - 1) / kPlanThreads;
-  const int32_t begin = min(static_cast<int32_t>(threadIdx.x) * chunk, groups);
-  const int32_t end = min(begin + chunk, groups);
+  if (table != nullptr) fill_group_table(step, table, scan_storage);
+  const Groups groups{table, step.rows, step.max_rows};
+  const Chunk chunk(groups.places());
   int32_t tiles = 0;  // 2^31 tiles are 1.4e11 tokens
-  for (int32_t g = begin; g < end; ++g) {
-    tiles += tiles_of_group(context_lens, g, next_n);
+  for (int32_t place = chunk.begin; place < chunk.end; ++place) {
+    tiles += tiles_of_group(step.context_lens, groups.at(place));
   }
   int32_t start, total;
   Scan(scan_storage).ExclusiveSum(tiles, start, total);
@@ -37,17 +73,17 @@ plan_kernel(const int32_t* __restrict__ context_lens, int32_t groups, int32_t ne
     Share share{0, 0, 0, 0};
     if (i < cut.shares()) {
       const auto first = static_cast<int32_t>(cut.start(i));
-      share.num_tiles = static_cast<int32_t>(cut.start(i + 1)) - first;
-      if (share.num_tiles > 0) {
+      const int32_t num_tiles = static_cast<int32_t>(cut.start(i + 1)) - first;
+      if (num_tiles > 0) {
         // The last chunk that starts at or before `first`; empty chunks share a start with the next.
         int32_t low = 0, high = kPlanThreads - 1;
         while (low < high) {
           const int32_t middle = (low + high + 1) / 2;
           if (chunk_start[middle] <= first) low = middle; else high = middle - 1;
         }
-        share.group = low * chunk;
-        share.tile = first - chunk_start[low];
-        if (chunk > 1) find_group(share, context_lens, next_n);  // else the chunk is the group
+        int32_t place = low * chunk.size, tile = first - chunk_start[low];
+        if (chunk.size > 1) find_group(groups, step.context_lens, place, tile);  // else the chunk is the group
+        share = Share::from(groups.at(place), tile, num_tiles);
       }
     }
     shares[i] = share;
@@ -56,35 +92,48 @@ plan_kernel(const int32_t* __restrict__ context_lens, int32_t groups, int32_t ne
 
 }  // namespace
 
-cudaError_t launch_plan(const int32_t* context_lens, int32_t groups, int32_t next_n, int32_t* plan,
-                        int32_t num_ctas, cudaStream_t stream) {
+cudaError_t launch_plan(const StepRows& step, int32_t* plan, int32_t num_ctas, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = 1;
   config.blockDim = kPlanThreads;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, plan_kernel, context_lens, groups, next_n, plan, num_ctas);
+  return cudaLaunchKernelEx(&config, plan_kernel, step, plan, group_table_of(step, plan, num_ctas), num_ctas);
 }
 
-void plan_on_host(const int32_t* context_lens, int32_t groups, int32_t next_n, int32_t* plan, int32_t num_ctas) {
-  int64_t total = 0;
-  for (int32_t g = 0; g < groups; ++g) total += tiles_of_group(context_lens, g, next_n);
+void plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
+  Group* table = group_table_of(step, plan, num_ctas);
+  if (table != nullptr) {
+    for (int32_t row = 0; row < table_rows(step.rows); ++row) table[row] = {0, 0, 0, 0};
+  }
+  if (step.indices != nullptr) {
+    for (int32_t row = 0, run_start = 0; row < step.rows; ++row) {
+      if (starts_run(step.indices, row)) run_start = row;
+      table[row] = group_from_indices(step, row, run_start);
+    }
+  } else {
+    for (int32_t request = 0; request < step.requests; ++request) enter_request(step, request, table);
+  }
 
+  const Groups groups{table, step.rows, step.max_rows};
+  int64_t total = 0;
+  for (int32_t place = 0; place < groups.places(); ++place) {
+    total += tiles_of_group(step.context_lens, groups.at(place));
+  }
   const Cut cut(total, num_ctas);
   *reinterpret_cast<PlanHeader*>(plan) = PlanHeader{0, cut.spares, {0, 0}};
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
-  int32_t group = 0;  // of the share before
-  int64_t group_start = 0;
+  int32_t place = 0;  // of the share before
+  int64_t place_start = 0;
   for (int32_t i = 0; i < plan_rows(num_ctas) - 1; ++i) {
     Share share{0, 0, 0, 0};
     if (i < cut.shares()) {
       const int64_t first = cut.start(i);
-      share.num_tiles = static_cast<int32_t>(cut.start(i + 1) - first);
-      if (share.num_tiles > 0) {
-        share.group = group;
-        share.tile = static_cast<int32_t>(first - group_start);
-        find_group(share, context_lens, next_n);
-        group = share.group;
-        group_start = first - share.tile;
+      const auto num_tiles = static_cast<int32_t>(cut.start(i + 1) - first);
+      if (num_tiles > 0) {
+        auto tile = static_cast<int32_t>(first - place_start);
+        find_group(groups, step.context_lens, place, tile);
+        place_start = first - tile;
+        share = Share::from(groups.at(place), tile, num_tiles);
       }
     }
     shares[i] = share;

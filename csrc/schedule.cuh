@@ -19,26 +19,95 @@
 
 namespace mqa_sm90 {
 
-// A run of tiles, from one group on over as many as it takes.
-struct alignas(16) Share {
-  int32_t group;      // first group
-  int32_t tile;       // first tile within that group
-  int32_t num_tiles;
-  int32_t unused;     // 0
+// Rows that share keys: consecutive ones of a request.
+struct alignas(16) Group {
+  int32_t first_row, rows;
+  int32_t request;  // row of the block table
+  int32_t cut;      // 1: the request has more rows than one group holds, and so several groups
 };
 
-// The plan, int32 [1 + num_ctas * (1 + kSparesPerCta), kPlanColumns]: this, then the shares.
+// A run of tiles, from one group on over as many as it takes.
+struct alignas(16) Share {
+  static constexpr int kRowsBits = 4, kCutBits = 1;
+
+  int32_t first_row;  // of the first group
+  int32_t tile;       // first tile within that group
+  int32_t num_tiles;
+  uint32_t packed;    // the rest of that group: request, cut, rows; so that nothing has to be looked up
+
+  MQA_HOST_DEVICE static Share from(const Group& first, int32_t tile, int32_t num_tiles) {
+    const auto request = static_cast<uint32_t>(first.request), cut = static_cast<uint32_t>(first.cut);
+    return {first.first_row, tile, num_tiles, (request << kCutBits | cut) << kRowsBits | first.rows};
+  }
+
+  MQA_HOST_DEVICE Group first_group() const {
+    const uint32_t request = packed >> (kRowsBits + kCutBits), cut = packed >> kRowsBits & ((1u << kCutBits) - 1);
+    return {first_row, static_cast<int32_t>(packed & ((1u << kRowsBits) - 1)), static_cast<int32_t>(request),
+            static_cast<int32_t>(cut)};
+  }
+};
+constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits - Share::kCutBits);
+
+// The plan, int32 [plan_rows(num_ctas), kPlanColumns]: this, then the shares. A ragged step's goes on with the
+// group table, [table_rows(rows), kPlanColumns]: for each row the group that starts there, all 0 where none does.
 struct alignas(16) PlanHeader {
   uint32_t taken;       // spare shares that the running launch has handed out; 0 between launches
   int32_t spares;       // how many there are
   int32_t unused[2];    // 0
 };
-static_assert(sizeof(Share) == kPlanColumns * sizeof(int32_t) && sizeof(PlanHeader) == sizeof(Share));
+static_assert(sizeof(Share) == kPlanColumns * sizeof(int32_t) && sizeof(PlanHeader) == sizeof(Share) &&
+              sizeof(Group) == sizeof(Share));
 
-// Tokens that the longest row of a group sees; its rows have the lengths lens[0 .. next_n).
-MQA_HOST_DEVICE int32_t longest_of_group(const int32_t* lens, int32_t next_n) {
+// The groups of a step, in order.
+struct Groups {
+  const Group* table;  // nullptr: a uniform step
+  int32_t rows;
+  int32_t next_n;      // of a uniform step
+
+  // Places that may hold a group: rows of a ragged step, groups of a uniform one.
+  MQA_HOST_DEVICE int32_t places() const { return table != nullptr ? rows : rows / next_n; }
+
+  MQA_HOST_DEVICE Group at(int32_t place) const {
+    return table != nullptr ? table[place] : Group{place * next_n, next_n, place, 0};
+  }
+
+  // A group without rows at the end.
+  MQA_HOST_DEVICE Group after(const Group& group) const {
+    const int32_t row = group.first_row + group.rows;
+    if (row >= rows) return {row, 0, 0, 0};
+    return table != nullptr ? table[row] : Group{row, group.rows, group.request + 1, 0};
+  }
+};
+
+// For the table: the group that starts at `row` of a step told by `indices`. `run_start` is the first of
+// the rows around it with the same index.
+MQA_HOST_DEVICE Group group_from_indices(const StepRows& step, int32_t row, int32_t run_start) {
+  if ((row - run_start) % step.max_rows != 0) return {0, 0, 0, 0};
+  const int32_t request = step.indices[row];
+  int32_t end = row + 1;
+  const auto goes_on = [&] { return end < step.rows && step.indices[end] == request; };
+  while (end < row + step.max_rows && goes_on()) ++end;
+  return {row, end - row, request, row > run_start || goes_on()};
+}
+
+MQA_HOST_DEVICE bool starts_run(const int32_t* indices, int32_t row) {
+  return row == 0 || indices[row] != indices[row - 1];
+}
+
+// Enters the groups of a request of a step told by `query_start_loc` into the table.
+MQA_HOST_DEVICE void enter_request(const StepRows& step, int32_t request, Group* table) {
+  const int32_t given = step.query_start_loc[request], given_end = step.query_start_loc[request + 1];
+  const int32_t start = given > 0 ? given : 0, end = given_end < step.rows ? given_end : step.rows;
+  for (int32_t row = start; row < end; row += step.max_rows) {
+    const int32_t left = end - row;
+    table[row] = {row, left < step.max_rows ? left : step.max_rows, request, end - start > step.max_rows};
+  }
+}
+
+// Tokens that the longest of some rows sees.
+MQA_HOST_DEVICE int32_t longest_of_rows(const int32_t* lens, int32_t rows) {
   int32_t longest = 0;
-  for (int32_t row = 0; row < next_n; ++row) longest = lens[row] > longest ? lens[row] : longest;
+  for (int32_t row = 0; row < rows; ++row) longest = lens[row] > longest ? lens[row] : longest;
   return longest;
 }
 
@@ -46,9 +115,8 @@ MQA_HOST_DEVICE int32_t tiles_of_length(int32_t length) {
   return length / kTileTokens + (length % kTileTokens != 0);
 }
 
-// Of a group among others, whose rows follow one another in context_lens.
-MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, int32_t group, int32_t next_n) {
-  return tiles_of_length(longest_of_group(context_lens + static_cast<int64_t>(group) * next_n, next_n));
+MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, const Group& group) {
+  return tiles_of_length(longest_of_rows(context_lens + group.first_row, group.rows));
 }
 
 // How a line of `total` tiles is cut.
@@ -75,38 +143,38 @@ struct Cut {
   }
 };
 
-// Moves share.group on to the group that tile `share.tile` of it lies in, and counts share.tile from there.
-MQA_HOST_DEVICE void find_group(Share& share, const int32_t* context_lens, int32_t next_n) {
-  for (;; ++share.group) {
-    const int32_t in_group = tiles_of_group(context_lens, share.group, next_n);
-    if (share.tile < in_group) return;
-    share.tile -= in_group;
+// Moves `place` on to the group that tile `tile` from its start on lies in, and counts `tile` from there.
+MQA_HOST_DEVICE void find_group(const Groups& groups, const int32_t* context_lens, int32_t& place, int32_t& tile) {
+  for (;; ++place) {
+    const int32_t in_group = tiles_of_group(context_lens, groups.at(place));
+    if (tile < in_group) return;
+    tile -= in_group;
   }
 }
 
 // A run of tiles of one group.
 struct Segment {
-  int32_t group;
   int32_t first_tile;
   int32_t num_tiles;
 };
 
 // Walks a share, group by group.
 struct Walk {
-  int32_t group, tile, remaining, groups;
+  Group group;
+  int32_t tile, remaining;
 
-  MQA_HOST_DEVICE Walk(const Share& share, int32_t groups_in_step)
-      : group(share.group), tile(share.tile), remaining(share.num_tiles), groups(groups_in_step) {}
+  MQA_HOST_DEVICE explicit Walk(const Share& share)
+      : group(share.first_group()), tile(share.tile), remaining(share.num_tiles) {}
 
-  MQA_HOST_DEVICE bool done() const { return remaining == 0 || group >= groups; }
+  MQA_HOST_DEVICE bool done() const { return remaining == 0 || group.rows == 0; }
 
   // The part in the current group, which has `tiles_in_group` tiles; empty if that is none, or if
-  // the plan was made for longer rows.
-  MQA_HOST_DEVICE Segment next(int32_t tiles_in_group) {
+  // the plan was made for longer rows. Goes on to `following`.
+  MQA_HOST_DEVICE Segment next(int32_t tiles_in_group, const Group& following) {
     const int32_t left = tiles_in_group > tile ? tiles_in_group - tile : 0;
-    const Segment segment{group, tile, left < remaining ? left : remaining};
+    const Segment segment{tile, left < remaining ? left : remaining};
     remaining -= segment.num_tiles;
-    ++group;
+    group = following;
     tile = 0;
     return segment;
   }

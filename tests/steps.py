@@ -24,16 +24,30 @@ class Step:
     context_lens: torch.Tensor
     block_table: torch.Tensor
     max_context_len: int
+    # Of a ragged step.
+    indices: torch.Tensor | None = None
+    query_start_loc: torch.Tensor | None = None
+    max_rows: int | None = None
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         return self.q, self.kv_cache, self.weights, self.context_lens, self.block_table
 
+    def grouping(self) -> dict[str, torch.Tensor | None]:
+        return {"indices": self.indices, "query_start_loc": self.query_start_loc}
+
+    def plan(self, **options) -> torch.Tensor:
+        return vllm_mqa_sm90.plan(self.context_lens, **self.grouping(), max_rows=self.max_rows, **options)
+
+    def logits(self, plan: torch.Tensor, **options) -> torch.Tensor:
+        return vllm_mqa_sm90.paged_mqa_logits(
+            *self.inputs(), plan, max_context_len=self.max_context_len, max_rows=self.max_rows, **options
+        )
+
     def run(self, *, num_sms: int | None = None, **options) -> torch.Tensor:
-        plan = vllm_mqa_sm90.plan(self.context_lens, num_sms=num_sms)
-        return vllm_mqa_sm90.paged_mqa_logits(*self.inputs(), plan, max_context_len=self.max_context_len, **options)
+        return self.logits(self.plan(num_sms=num_sms), **options)
 
     def reference(self) -> torch.Tensor:
-        return reference.paged_mqa_logits(*self.inputs(), max_context_len=self.max_context_len)
+        return reference.paged_mqa_logits(*self.inputs(), max_context_len=self.max_context_len, **self.grouping())
 
 
 def random_pages(num_pages: int, page: int, *, gap: int = 0, device: str = "cpu") -> torch.Tensor:
@@ -92,4 +106,49 @@ def random_step(
         context_lens=lens,
         block_table=block_table,
         max_context_len=max(int(longest.max()), 1),
+    )
+
+
+def random_ragged_step(
+    requests: Sequence[Sequence[int]],
+    *,
+    by: str = "indices",
+    max_rows: int | None = None,
+    padding: int = 0,
+    heads: int = 64,
+    device: str = "cpu",
+    seed: int = 0,
+    **options,
+) -> Step:
+    """A ragged step with the given lengths, one inner sequence for each request, of any number of rows.
+
+    By `indices` the requests have rows of the block table in shuffled order, and `padding` rows at the
+    end have no length and stale indices. By `query_start_loc` padding rows have lengths that must not count.
+    """
+    whole = random_step([[max(lens, default=0)] for lens in requests], device=device, seed=seed, **options)
+    lens = [length for of_request in requests for length in of_request]
+    counts = torch.tensor([len(of_request) for of_request in requests])
+    grouping, block_table = {}, whole.block_table
+    if by == "indices":
+        order = torch.randperm(len(requests))
+        block_table = torch.empty_like(block_table)
+        block_table[order.to(device)] = whole.block_table
+        stale = torch.tensor(STALE_IDS, dtype=torch.int64)[torch.arange(padding) % len(STALE_IDS)]
+        indices = torch.cat([order.repeat_interleave(counts), stale])
+        grouping["indices"] = indices.to(device, torch.int32)
+        lens += [0] * padding
+    else:
+        bounds = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        grouping["query_start_loc"] = bounds.to(device, torch.int32)
+        lens += [100] * padding
+    rows = len(lens)
+    return Step(
+        q=torch.randn(rows, heads, HEAD_DIM, device=device).to(torch.float8_e4m3fn),
+        kv_cache=whole.kv_cache,
+        weights=torch.randn(rows, heads, device=device),
+        context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        block_table=block_table,
+        max_context_len=whole.max_context_len,
+        max_rows=max_rows,
+        **grouping,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import random_step
+from steps import random_ragged_step, random_step
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import ops
@@ -31,6 +31,21 @@ def valid_arguments(device: str = "cpu") -> Arguments:
         "plan": vllm_mqa_sm90.plan(step.context_lens, num_sms=4),
         "max_context_len": 130,
         "out": torch.empty(6, 130, device=device),
+    }
+
+
+def valid_ragged_arguments() -> Arguments:
+    """Groups of two rows and one, and a padding row."""
+    arguments = valid_arguments()
+    lens, starts = torch.tensor([70, 71, 5, 0], dtype=torch.int32), torch.tensor([0, 2, 3], dtype=torch.int32)
+    return {
+        **arguments,
+        "q": arguments["q"].flatten(0, 1)[:4],
+        "weights": arguments["weights"][:4],
+        "context_lens": lens,
+        "plan": vllm_mqa_sm90.plan(lens, query_start_loc=starts, num_sms=4),
+        "max_rows": 2,
+        "out": arguments["out"][:4],
     }
 
 
@@ -103,8 +118,8 @@ MISUSES = [
     ("lens dtype", change("context_lens", lambda t: t.long()), "context_lens: expected dtype int32, given dtype int64"),
     ("lens dims", change("context_lens", lambda t: t.view(3, 2, 1)), r"context_lens: expected shape \[B, next_n\]"),
     ("lens strides", change("context_lens", lambda t: t.t().contiguous().t()), "context_lens: expected a contiguous"),
-    ("next_n 0", next_n(0), r"context_lens: expected next_n .* from 1 to 4, given shape \[3, 0\]"),
-    ("next_n 5", next_n(5), r"context_lens: expected next_n .* from 1 to 4, given shape \[3, 5\]"),
+    ("next_n 0", next_n(0), r"context_lens: expected next_n .* from 1 to 8, given shape \[3, 0\]"),
+    ("next_n 9", next_n(9), r"context_lens: expected next_n .* from 1 to 8, given shape \[3, 9\]"),
     ("table dtype", change("block_table", lambda t: t.long()), "block_table: expected dtype int32, given dtype int64"),
     (
         "table dims",
@@ -121,6 +136,7 @@ MISUSES = [
     ("plan dtype", change("plan", lambda t: t.long()), "plan: expected dtype int32, given dtype int64"),
     ("plan shape", change("plan", lambda t: t.view(-1, 2)), r"plan: expected shape \[1 \+ 5 n, 4\].*given shape \[42, 2\]"),
     ("plan rows", change("plan", lambda t: t[:-1]), r"plan: expected .*, given shape \[20, 4\]"),
+    ("max_rows", lambda arguments: {**arguments, "max_rows": 2}, "max_rows: expected None, as plan is that of a uniform step, given 2"),
     ("plan without CTAs", change("plan", lambda t: t[:1]), r"plan: expected .*at least one, given shape \[1, 4\]"),
     ("plan strides", change("plan", lambda t: t[::2]), "plan: expected a contiguous tensor"),
     ("plan address", change("plan", misaligned), "plan: expected an address that is a multiple of 16"),
@@ -140,6 +156,35 @@ def test_misuse_is_named(misuse: Callable[[Arguments], Arguments], says: str) ->
         vllm_mqa_sm90.paged_mqa_logits(**misuse(valid_arguments()))
 
 
+# The same of a ragged step, for what differs.
+RAGGED_MISUSES = [
+    ("lens dims", change("context_lens", lambda t: t.view(2, 2)), r"plan: expected shape \[1 \+ 5 n, 4\] .*given shape \[25, 4\]"),
+    ("plan rows", change("plan", lambda t: t[:-2]), r"plan: expected shape \[1 \+ 5 n \+ 4, 4\] .*given shape \[23, 4\]"),
+    ("plan of more rows", change("plan", lambda t: t[:-1]), r"plan: expected .*4 rows in groups, given shape \[24, 4\]"),
+    ("no CTAs", change("plan", lambda t: t[:5]), r"plan: expected .*at least one, .*given shape \[5, 4\]"),
+    ("max_rows 0", change("max_rows", lambda _: 0), "max_rows: expected 1 to 8 rows of a group, given 0"),
+    ("max_rows 9", change("max_rows", lambda _: 9), "max_rows: expected 1 to 8 rows of a group, given 9"),
+    ("q rows", change("q", lambda t: t[:3]), r"q: expected shape .*\[4, H, 128\].*given shape \[3, 32, 128\]"),
+    ("weights rows", change("weights", lambda t: t[:3]), r"weights: expected shape \[4, 32\], given shape \[3, 32\]"),
+    ("table rows", change("block_table", lambda t: t[:0]), r"block_table: expected .*R >= 1, .*of the plan, given shape \[0, "),
+    ("out rows", change("out", lambda t: t[:3]), r"out: expected shape \[4, 130\], given shape \[3, 130\]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("misuse", "says"), [case[1:] for case in RAGGED_MISUSES], ids=[case[0] for case in RAGGED_MISUSES]
+)
+def test_misuse_of_a_ragged_step_is_named(misuse: Callable[[Arguments], Arguments], says: str) -> None:
+    with pytest.raises(RuntimeError, match="vllm_mqa_sm90: " + says):
+        vllm_mqa_sm90.paged_mqa_logits(**misuse(valid_ragged_arguments()))
+
+
+def test_right_ragged_arguments_on_the_cpu_need_a_gpu() -> None:
+    for max_rows in 2, 8, None:
+        with pytest.raises(RuntimeError, match="q: expected tensors on a CUDA device .*given device cpu"):
+            vllm_mqa_sm90.paged_mqa_logits(**{**valid_ragged_arguments(), "max_rows": max_rows})
+
+
 def test_right_arguments_on_the_cpu_need_a_gpu() -> None:
     """Also shows that the arguments that the misuses start from are right."""
     for rows in "grouped", "flat":
@@ -150,11 +195,14 @@ def test_right_arguments_on_the_cpu_need_a_gpu() -> None:
             vllm_mqa_sm90.paged_mqa_logits(**arguments)
 
 
+LENS = torch.zeros(6, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("context_lens", "options", "says"),
     [
         (torch.zeros(3, 2, dtype=torch.int64), {"num_sms": 4}, "context_lens: expected dtype int32"),
-        (torch.zeros(3, 5, dtype=torch.int32), {"num_sms": 4}, "context_lens: expected next_n"),
+        (torch.zeros(3, 9, dtype=torch.int32), {"num_sms": 4}, "context_lens: expected next_n"),
         (torch.zeros(2, 3, dtype=torch.int32).t(), {"num_sms": 4}, "context_lens: expected a contiguous"),
         (torch.zeros(3, 2, dtype=torch.int32), {}, "num_sms: expected a number"),
         (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 0}, "num_sms: expected at least 1, given 0"),
@@ -162,6 +210,23 @@ def test_right_arguments_on_the_cpu_need_a_gpu() -> None:
          r"out: expected shape \(21, 4\) for num_sms 4, given \(7, 4\)"),
         (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 4)}, "out: expected dtype int32, given"),
         (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 3, dtype=torch.int32)}, r"out: expected shape"),
+        (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 4, "max_rows": 2}, "max_rows: expected None .*, given 2"),
+        (LENS, {"num_sms": 4, "indices": LENS, "query_start_loc": LENS},
+         "indices: expected either indices or query_start_loc, given both"),
+        (LENS, {"num_sms": 4, "indices": LENS, "max_rows": 0}, "max_rows: expected 1 to 8 rows of a group, given 0"),
+        (LENS, {"num_sms": 4, "indices": LENS, "max_rows": 9}, "max_rows: expected 1 to 8 rows of a group, given 9"),
+        (LENS.view(6, 1), {"num_sms": 4, "indices": LENS}, r"context_lens: expected shape \[T\].*given shape \[6, 1\]"),
+        (LENS, {"num_sms": 4, "indices": LENS.long()}, "indices: expected dtype int32, given dtype int64"),
+        (LENS, {"num_sms": 4, "indices": LENS[:5]}, r"indices: expected shape \[6\], as context_lens, given shape \[5\]"),
+        (LENS, {"num_sms": 4, "indices": LENS.view(6, 1)}, r"indices: expected one dimension, given shape \[6, 1\]"),
+        (LENS, {"num_sms": 4, "indices": LENS.repeat(2)[::2]}, "indices: expected a contiguous tensor"),
+        (LENS, {"num_sms": 4, "query_start_loc": LENS.long()}, "query_start_loc: expected dtype int32, given dtype int64"),
+        (LENS, {"num_sms": 4, "query_start_loc": LENS[:0]}, r"query_start_loc: expected shape \[R \+ 1\].*given shape \[0\]"),
+        (LENS, {"num_sms": 4, "query_start_loc": LENS.repeat(2)[::2]}, "query_start_loc: expected a contiguous tensor"),
+        (LENS, {"indices": LENS, "num_sms": 4, "out": torch.zeros(21, 4, dtype=torch.int32)},
+         r"out: expected shape \(27, 4\) for num_sms 4, given \(21, 4\)"),
+        (LENS, {"indices": LENS, "out": torch.zeros(21, 4, dtype=torch.int32)},
+         r"out: expected shape \[1 \+ 5 n \+ 6, 4\].*6 rows in groups, given shape \[21, 4\]"),
     ],
 )  # fmt: skip
 def test_misuse_of_plan_is_named(context_lens: torch.Tensor, options: dict, says: str) -> None:
@@ -175,10 +240,17 @@ def test_plan_op_checks_next_n() -> None:
         torch.ops.vllm_mqa_sm90.plan(torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(ops.plan_shape(1), dtype=torch.int32))
 
 
+def test_ragged_plan_op_needs_to_be_told_the_groups() -> None:
+    ops._load()
+    with pytest.raises(RuntimeError, match="indices: expected either indices or query_start_loc, given neither"):
+        out = torch.zeros(ops.plan_shape(1, 6), dtype=torch.int32)
+        torch.ops.vllm_mqa_sm90.plan_ragged(LENS, None, None, 8, out)
+
+
 def test_walk_refuses_a_foreign_plan() -> None:
     ops._load()
     lens = torch.full((3, 2), 100, dtype=torch.int32)
-    out = torch.zeros(6, 3, dtype=torch.int32)
+    out = torch.zeros(6, 5, dtype=torch.int32)
     torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens, num_sms=2), lens, out)
     for plan in vllm_mqa_sm90.plan(lens[:2], num_sms=2), torch.full(ops.plan_shape(4), -1, dtype=torch.int32):
         with pytest.raises(RuntimeError, match="vllm_mqa_sm90: (out|plan): expected"):
@@ -206,10 +278,32 @@ def test_compile_traces_in_one_graph(backend: str) -> None:
     assert logits.shape == (6, 130) and logits.dtype == torch.float32 and logits.stride() == (192, 1)
 
 
+@pytest.mark.parametrize("name", ["indices", "query_start_loc"])
+def test_compile_traces_a_ragged_step_in_one_graph(name: str) -> None:
+    def step(q, kv_cache, weights, context_lens, block_table, grouping):
+        plan = vllm_mqa_sm90.plan(context_lens, **{name: grouping}, max_rows=3, num_sms=132)
+        return plan, vllm_mqa_sm90.paged_mqa_logits(
+            q, kv_cache, weights, context_lens, block_table, plan, max_context_len=130, max_rows=3, clean_logits=True
+        )
+
+    ragged = random_ragged_step([[70, 71, 3], [5], [0, 130]], by=name, heads=32)
+    inputs = [t.to("meta") for t in (*ragged.inputs(), ragged.grouping()[name])]
+    plan, logits = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
+    assert plan.shape == ops.plan_shape(132, 6) and plan.dtype == torch.int32 and plan.device.type == "meta"
+    assert logits.shape == (6, 130) and logits.dtype == torch.float32 and logits.stride() == (192, 1)
+
+
 def test_compiled_plan_equals_eager_plan() -> None:
     lens = torch.tensor([[70, 71], [5, 6], [0, 130]], dtype=torch.int32)
     compiled = torch.compile(lambda t: vllm_mqa_sm90.plan(t, num_sms=3), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(lens), vllm_mqa_sm90.plan(lens, num_sms=3))
+    flat, starts = lens.flatten(), torch.tensor([0, 1, 5], dtype=torch.int32)
+
+    def ragged(lens: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        return vllm_mqa_sm90.plan(lens, query_start_loc=starts, num_sms=3)
+
+    compiled = torch.compile(ragged, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(flat, starts), ragged(flat, starts))
 
 
 @pytest.mark.gpu

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The schedule: the plan and the kernel's own walk over it, on the host; the device's plan equals it."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steps import STALE_IDS
 
 import vllm_mqa_sm90
 
@@ -18,10 +22,57 @@ lengths = st.one_of(
 
 @st.composite
 def steps(draw: st.DrawFn) -> torch.Tensor:
-    next_n = draw(st.integers(1, 4))
+    next_n = draw(st.integers(1, 8))
     groups = draw(st.integers(0, 40))
     flat = draw(st.lists(lengths, min_size=groups * next_n, max_size=groups * next_n))
     return torch.tensor(flat, dtype=torch.int32).view(groups, next_n)
+
+
+@dataclasses.dataclass
+class RaggedStep:
+    """Lengths by request, and the tensors that say the same."""
+
+    requests: list[tuple[int, list[int]]]  # row of the block table, lengths
+    context_lens: torch.Tensor
+    grouping: dict[str, torch.Tensor]
+    max_rows: int
+
+    def groups(self) -> torch.Tensor:
+        """(first row, rows, request, cut) of every group, in order."""
+        groups, row = [], 0
+        for request, lens in self.requests:
+            for first in range(0, len(lens), self.max_rows):
+                rows = min(self.max_rows, len(lens) - first)
+                groups.append((row + first, rows, request, int(len(lens) > self.max_rows)))
+            row += len(lens)
+        return torch.tensor(groups, dtype=torch.int32).view(-1, 4)
+
+
+def ragged_step(requests: list[list[int]], by: str, max_rows: int, padding: int = 0) -> RaggedStep:
+    """Padding rows have stale indices and no length, or lie past the last request and have one."""
+    lens = [length for of_request in requests for length in of_request]
+    if by == "indices":
+        ids = [7 + len(requests) - i for i in range(len(requests))]
+        flat = [id for id, of_request in zip(ids, requests, strict=True) for _ in of_request]
+        # Padding rows are groups too, whose indices may be those of no request.
+        stale = [STALE_IDS[i // 9 % len(STALE_IDS)] for i in range(padding)]
+        told = [*zip(ids, requests, strict=True), *((id, [0] * len(list(run))) for id, run in itertools.groupby(stale))]
+        told = [(id, of_request) for id, of_request in told if of_request]
+        grouping = {"indices": torch.tensor(flat + stale, dtype=torch.int32)}
+        lens = lens + [0] * padding
+    else:
+        told = list(enumerate(requests))
+        bounds = [0, *itertools.accumulate(map(len, requests))]
+        grouping = {"query_start_loc": torch.tensor(bounds, dtype=torch.int32)}
+        lens = lens + [100] * padding
+    return RaggedStep(told, torch.tensor(lens, dtype=torch.int32), grouping, max_rows)
+
+
+@st.composite
+def ragged_steps(draw: st.DrawFn) -> RaggedStep:
+    requests = draw(st.lists(st.lists(lengths, max_size=11), max_size=30))
+    by = draw(st.sampled_from(["indices", "query_start_loc"]))
+    return ragged_step(requests, by, draw(st.integers(1, 8)), draw(st.integers(0, 30)))
 
 
 def plan_for_ctas(context_lens: torch.Tensor, ctas: int) -> torch.Tensor:
@@ -30,29 +81,60 @@ def plan_for_ctas(context_lens: torch.Tensor, ctas: int) -> torch.Tensor:
     return vllm_mqa_sm90.plan(context_lens, out=out)
 
 
-def walk(plan: torch.Tensor, context_lens: torch.Tensor) -> torch.Tensor:
-    out = torch.full((int(plan[1:, 2].sum()), 3), -7, dtype=torch.int32)
+def ragged_plan_for_ctas(step: RaggedStep, ctas: int, device: str = "cpu") -> torch.Tensor:
+    shape = vllm_mqa_sm90.plan_shape(ctas, len(step.context_lens))
+    out = torch.full(shape, -7, dtype=torch.int32, device=device)
+    grouping = {name: tensor.to(device) for name, tensor in step.grouping.items()}
+    return vllm_mqa_sm90.plan(step.context_lens.to(device), **grouping, max_rows=step.max_rows, out=out)
+
+
+def walk(plan: torch.Tensor, context_lens: torch.Tensor, ctas: int) -> torch.Tensor:
+    """(share, the group's first row, its rows, its request, tile) in the order of the kernel's walk."""
+    out = torch.full((int(plan[1 : vllm_mqa_sm90.plan_shape(ctas)[0], 2].sum()), 5), -7, dtype=torch.int32)
     torch.ops.vllm_mqa_sm90.walk(plan, context_lens, out)
     return out
 
 
-def tiles_of(context_lens: torch.Tensor) -> torch.Tensor:
-    """Every (group, tile) of a step in group order."""
-    per_group = -(-context_lens.long().amax(dim=1).clamp(min=0) // TILE)
+def uniform_groups(context_lens: torch.Tensor) -> torch.Tensor:
+    """(first row, rows, request, cut) of every group."""
+    groups, next_n = context_lens.shape
+    request = torch.arange(groups)
+    return torch.stack([request * next_n, torch.full_like(request, next_n), request, request * 0], dim=1).int()
+
+
+def tiles_of(context_lens: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Every (first row, rows, request, tile) of a step in group order."""
+    flat = context_lens.flatten().long()
+    longest = torch.tensor([int(flat[first : first + rows].max()) for first, rows, *_ in groups.tolist()]).view(-1)
+    per_group = -(-longest.long().clamp(min=0) // TILE)
     group = torch.repeat_interleave(torch.arange(len(per_group)), per_group)
     first = (per_group.cumsum(0) - per_group)[group]
-    return torch.stack([group, torch.arange(len(group)) - first], dim=1).int()
+    return torch.cat([groups[group, :3].int(), (torch.arange(len(group)) - first).int().unsqueeze(1)], dim=1)
 
 
 def check(context_lens: torch.Tensor, ctas: int) -> None:
-    plan = plan_for_ctas(context_lens, ctas)
-    header, shares = plan[0].tolist(), plan[1:]
-    visits = walk(plan, context_lens)
+    check_shares(plan_for_ctas(context_lens, ctas), context_lens, uniform_groups(context_lens), ctas)
+
+
+def check_ragged(step: RaggedStep, ctas: int) -> None:
+    plan, groups = ragged_plan_for_ctas(step, ctas), step.groups()
+    base = vllm_mqa_sm90.plan_shape(ctas)[0]
+    table = torch.zeros(len(plan) - base, 4, dtype=torch.int32)
+    table[groups[:, 0].long()] = groups
+    assert torch.equal(plan[base:], table)
+    check_shares(plan, step.context_lens, groups, ctas)
+
+
+def check_shares(plan: torch.Tensor, context_lens: torch.Tensor, groups: torch.Tensor, ctas: int) -> None:
+    header, shares = plan[0].tolist(), plan[1 : vllm_mqa_sm90.plan_shape(ctas)[0]]
+    visits = walk(plan, context_lens, ctas)
     # In group order, every (group, tile) exactly once: so each share is contiguous too.
-    assert torch.equal(visits[:, 1:], tiles_of(context_lens))
+    assert torch.equal(visits[:, 1:], tiles_of(context_lens, groups))
     assert torch.equal(visits[:, 0], visits[:, 0].sort().values)
     assert torch.equal(torch.bincount(visits[:, 0], minlength=len(shares)), shares[:, 2].long())
-    assert not shares[:, 3].any()
+    cut_rows = groups[groups[:, 3] > 0, 0]
+    with_tiles = shares[shares[:, 2] > 0]
+    assert torch.equal(with_tiles[:, 3] // 16 % 2 == 1, torch.isin(with_tiles[:, 0], cut_rows))
 
     own, spare = shares[:ctas, 2], shares[ctas : ctas + header[1], 2]
     assert header == [0, len(spare), 0, 0] and not shares[ctas + len(spare) :].any()
@@ -70,7 +152,7 @@ def test_every_tile_once_and_balanced(context_lens: torch.Tensor, ctas: int) -> 
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 4), st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([0, 4000]))
+@given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 3000), st.integers(0, 2**31), st.sampled_from([0, 4000]))
 def test_large_batches(groups: int, next_n: int, ctas: int, seed: int, low: int) -> None:
     torch.manual_seed(seed)
     context_lens = torch.randint(-low, 5000, (groups, next_n), dtype=torch.int32)
@@ -95,8 +177,73 @@ def test_flat_lengths_are_groups_of_one() -> None:
     assert torch.equal(flat, vllm_mqa_sm90.plan(lens.unsqueeze(1), num_sms=2))
 
 
+@settings(max_examples=300, deadline=None)
+@given(ragged_steps(), st.integers(1, 300))
+def test_ragged_every_tile_once_and_balanced(step: RaggedStep, ctas: int) -> None:
+    check_ragged(step, ctas)
+
+
+def random_requests(count: int, most_rows: int, low: int, high: int, seed: int) -> list[list[int]]:
+    """Requests of 0 to most_rows rows."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, most_rows + 1, (count,), generator=generator).tolist()
+    flat = torch.randint(low, high, (sum(rows),), generator=generator, dtype=torch.int32)
+    return [of_request.tolist() for of_request in flat.split(rows)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 2000), st.sampled_from([1, 3, 8, 40]), st.integers(1, 8), st.integers(1, 3000),
+    st.integers(0, 2**31), st.sampled_from([0, -4000]), st.sampled_from(["indices", "query_start_loc"]),
+)  # fmt: skip
+def test_large_ragged_batches(
+    count: int, most_rows: int, max_rows: int, ctas: int, seed: int, low: int, by: str
+) -> None:
+    check_ragged(ragged_step(random_requests(count, most_rows, low, 5000, seed), by, max_rows, count % 7), ctas)
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps(), st.integers(1, 300), st.sampled_from(["indices", "query_start_loc"]))
+def test_ragged_plan_of_a_uniform_step_is_the_uniform_plan(context_lens: torch.Tensor, ctas: int, by: str) -> None:
+    groups, next_n = context_lens.shape
+    start = torch.arange(groups + 1, dtype=torch.int32) * next_n
+    grouping = {by: start if by == "query_start_loc" else (start[:-1] // next_n).repeat_interleave(next_n)}
+    expected = plan_for_ctas(context_lens, ctas)
+    for max_rows in {next_n, 8}:
+        plan = vllm_mqa_sm90.plan(context_lens.flatten(), **grouping, max_rows=max_rows, num_sms=ctas)
+        assert torch.equal(plan[: len(expected)], expected)
+        assert torch.equal(plan[len(expected) :][: len(context_lens.flatten()) : next_n], uniform_groups(context_lens))
+
+
+def test_rows_of_one_index_apart_are_groups_of_their_own() -> None:
+    lens, indices = torch.tensor([65, 1, 64, 2], dtype=torch.int32), torch.tensor([3, 3, 0, 3], dtype=torch.int32)
+    plan = vllm_mqa_sm90.plan(lens, indices=indices, num_sms=1)
+    assert plan[6:].tolist() == [[0, 2, 3, 0], [0, 0, 0, 0], [2, 1, 0, 0], [3, 1, 3, 0]]
+    assert plan[1].tolist() == [0, 0, 4, 2 + 32 * 3]
+
+
+@pytest.mark.parametrize("bounds", [[0, 9], [-5, 2, 4], [3, 1, 7], [0, 2, 2**31 - 1], [2**31 - 1, -(2**31)]])
+def test_bounds_that_are_wrong_stay_within_the_step(bounds: list[int]) -> None:
+    """The plan is of no use, but neither it nor the walk over it may leave the step's rows."""
+    lens = torch.full((5,), 100, dtype=torch.int32)
+    start = torch.tensor(bounds, dtype=torch.int32)
+    storage = torch.full((30, 4), -7, dtype=torch.int32)
+    plan = storage[10 : 10 + vllm_mqa_sm90.plan_shape(1, 5)[0]]
+    vllm_mqa_sm90.plan(lens, query_start_loc=start, max_rows=2, out=plan)
+    assert (storage[:10] == -7).all() and (storage[10 + len(plan) :] == -7).all()
+    first, rows = plan[6:, 0], plan[6:, 1]
+    assert bool(((first >= 0) & (rows >= 0) & (first + rows <= 5)).all())
+
+
+def test_shapes_of_plans_tell_ragged_from_uniform() -> None:
+    uniform = {vllm_mqa_sm90.plan_shape(n) for n in range(1, 300)}
+    for rows in range(700):
+        ragged = {vllm_mqa_sm90.plan_shape(n, rows) for n in range(1, 150)}
+        assert len(ragged) == 149 and not ragged & uniform
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("groups", [0, 1, 2, 31, 256, 1023, 1024, 1025, 4096, 5000])
 def test_device_plan_equals_host_plan(groups: int, next_n: int) -> None:
     torch.manual_seed(groups * 8 + next_n)
@@ -105,6 +252,20 @@ def test_device_plan_equals_host_plan(groups: int, next_n: int) -> None:
         for ctas in 1, 2, 132, 1025:
             expected = plan_for_ctas(context_lens, ctas)
             assert torch.equal(plan_for_ctas(context_lens.cuda(), ctas).cpu(), expected), (high, ctas)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["indices", "query_start_loc"])
+@pytest.mark.parametrize("count", [1, 2, 31, 256, 682, 1024, 2500])
+def test_device_ragged_plan_equals_host_plan(count: int, by: str) -> None:
+    """Steps of one thread a row and of several; requests of many groups that span threads' chunks."""
+    for most_rows, low, high in (3, -1, 300), (8, 0, 140000), (50, -300, 300):
+        requests = random_requests(count, most_rows, low, high, seed=count + most_rows)
+        for max_rows in 1, 3, 8:
+            step = ragged_step(requests, by, max_rows, padding=count % 40)
+            for ctas in 1, 2, 132, 1025:
+                given = ragged_plan_for_ctas(step, ctas, "cuda").cpu()
+                assert torch.equal(given, ragged_plan_for_ctas(step, ctas)), (most_rows, max_rows, ctas)
 
 
 @pytest.mark.gpu

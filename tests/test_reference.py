@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from steps import HEAD_DIM, Step, random_step
+from steps import HEAD_DIM, Step, random_ragged_step, random_step
 
 from vllm_mqa_sm90 import reference
 
@@ -55,6 +55,27 @@ def test_flat_rows_are_groups_of_one() -> None:
         max_context_len=step.max_context_len,
     )  # fmt: skip
     assert torch.equal(flat, step.reference())
+
+
+@pytest.mark.parametrize("by", ["indices", "query_start_loc"])
+def test_rows_of_a_ragged_step_are_those_of_their_request_alone(by: str) -> None:
+    """Requests of 0 to 10 rows, padding rows with and without lengths."""
+    lens = [[70, 71, 1], [], [5], [0, -3], list(range(60, 70)), [], [33, 32]]
+    step = random_ragged_step(lens, by=by, padding=4, heads=16, page=32)
+    given = step.reference()
+    row = 0
+    for request, of_request in enumerate(lens):
+        for length in of_request:
+            table_row = request if by == "query_start_loc" else int(step.indices[row])
+            alone = Step(
+                step.q[row].view(1, 1, 16, HEAD_DIM), step.kv_cache, step.weights[row : row + 1],
+                torch.tensor([[length]]), step.block_table[table_row : table_row + 1], step.max_context_len,
+            )  # fmt: skip
+            expected = direct(alone)[0]
+            assert torch.equal(torch.isinf(given[row]), torch.isinf(expected))
+            torch.testing.assert_close(given[row].double(), expected, rtol=1e-5, atol=1e-4)
+            row += 1
+    assert len(given) == row + 4 and torch.isinf(given[row:]).all()
 
 
 def test_lengths_are_cut_at_max_context_len() -> None:

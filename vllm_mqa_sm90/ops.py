@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel's Python interface. Arguments are checked in csrc/ops.cpp, by every caller's path.
 
-A step is B requests with `next_n` query rows each, T = B * next_n rows in request order. The rows
-of one request are a group: they share its block table, and the kernel reads each key once for all
-of them. `context_lens` says which rows form groups: `[B, next_n]`, or `[T]` for next_n 1.
+A step is T query rows in request order. The rows of one request are a group: they share its row of
+the block table, and the kernel reads each key once for all of them. In a uniform step each of B
+requests brings `next_n` rows, and the shape of `context_lens` says so: `[B, next_n]`, or `[T]` for
+next_n 1. In a ragged step `context_lens` is `[T]`, and `indices` or `query_start_loc`, on the
+device, say which rows form groups; the plan then holds a table of them.
 """
 
 from pathlib import Path
@@ -18,11 +20,12 @@ HEADS = (16, 32, 64)
 """Numbers of query heads that the kernel is compiled for."""
 PAGE_SIZES = (32, 64)
 """Tokens per page of the KV cache."""
-MAX_NEXT_N = 4
-"""Most query rows of one request in one step."""
+MAX_NEXT_N = 8
+"""Most query rows of one group: those of a request in a uniform step."""
 
 _PLAN_COLUMNS = 4  # kPlanColumns of csrc/params.h
 _SPARES_PER_CTA = 4  # kSparesPerCta of csrc/params.h
+_ROWS_PER_CTA = 1 + _SPARES_PER_CTA
 _ROW_ALIGNMENT = 64  # columns: whole 256-byte blocks, so that rows of logits share no cache line
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -43,41 +46,75 @@ def _load() -> None:
             "`pip install .` builds it, `python csrc/build.py` in a source tree does so in place"
         )
     torch.ops.load_library(_LIBRARY)
-    # Both ops only write into `out`: under tracing there is nothing to make.
-    torch.library.register_fake("vllm_mqa_sm90::plan", lambda *_: None)
-    torch.library.register_fake("vllm_mqa_sm90::paged_mqa_logits", lambda *_: None)
+    # The ops only write into `out`: under tracing there is nothing to make.
+    for op in "plan", "plan_ragged", "paged_mqa_logits":
+        torch.library.register_fake(f"vllm_mqa_sm90::{op}", lambda *_: None)
     _loaded = True
 
 
-def plan_shape(num_sms: int) -> tuple[int, int]:
-    """Shape of the plan for a kernel launched over `num_sms` SMs, each of which holds one CTA."""
-    return 1 + num_sms * (1 + _SPARES_PER_CTA), _PLAN_COLUMNS
+def plan_shape(num_sms: int, rows: int | None = None) -> tuple[int, int]:
+    """Shape of the plan for a kernel launched over `num_sms` SMs, each of which holds one CTA.
+
+    Args:
+        num_sms: SMs to plan for.
+        rows: T of a ragged step; None: the step is uniform. The shapes differ in any case, also
+            between different `num_sms`: the number of rows less one is a multiple of 5 for uniform
+            steps alone.
+    """
+    table = 0 if rows is None else rows + (rows % _ROWS_PER_CTA == 0)
+    return 1 + num_sms * _ROWS_PER_CTA + table, _PLAN_COLUMNS
 
 
-def plan(context_lens: torch.Tensor, *, num_sms: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+def plan(
+    context_lens: torch.Tensor,
+    *,
+    indices: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    max_rows: int | None = None,
+    num_sms: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Splits a step's tiles over CTAs; one plan serves every layer of the step.
 
     A tile is 64 tokens of one group; a group has ceil(max(lengths of its rows, 0) / 64) of them.
     The tiles, in group order, are cut into shares of consecutive ones: an equal one for each CTA,
     and, from 16 tiles a CTA on, the last eighth of the tiles in spare shares, for the CTAs that are
     done first. On a GPU this is one small launch on the current stream, with no host synchronisation; CUDA
-    graphs may capture it. On CPU tensors the same code runs on the host.
+    graphs may capture it, and all values may change between replays, which rows form groups too. On
+    CPU tensors the same code runs on the host.
 
     Args:
-        context_lens: int32 `[B, next_n]`, or `[T]` for next_n 1; contiguous. Tokens each row may
-            see; 0 or negative marks a padding row.
+        context_lens: int32; contiguous. Tokens each row may see; 0 or negative marks a padding row.
+            Uniform step: `[B, next_n]`, next_n 1 to 8, or `[T]` for next_n 1. Ragged step: `[T]`.
+        indices: int32 `[T]`, contiguous: makes the step ragged. Row of the block table that each
+            row's request has; consecutive rows with the same one are a group.
+        query_start_loc: int32 `[R + 1]`, contiguous: makes the step ragged, too. The rows of
+            request r, and of block table row r, are those from `query_start_loc[r]` up to
+            `query_start_loc[r + 1]`; there may be none. Rows from `query_start_loc[R]` on are
+            padding, whatever their lengths. Must not decrease.
+        max_rows: of a ragged step's groups, 1 to 8 (default). A request with more rows is cut into
+            several groups, each of which reads the keys.
         num_sms: SMs to plan for; default: `out`'s, else all of the device's.
-        out: int32 `plan_shape(num_sms)`, contiguous, on the same device: where to write the plan.
+        out: int32 `plan_shape(num_sms)`, for a ragged step `plan_shape(num_sms, T)`; contiguous,
+            on the same device: where to write the plan.
 
     Returns:
         `out`, or a new tensor like it. Row 0 is `{0, spare shares, 0, 0}`; the rows after it are
-        the CTAs' shares, then the spare ones: `{first group, first tile in it, number of tiles, 0}`.
+        the CTAs' shares, then the spare ones: `{first row of the first group, first tile in it,
+        number of tiles, that group's rows + 16 * cut + 32 * request}`. A ragged step's plan goes on
+        with the group table, one row for each of the step's: `{first row, rows, request, cut}` where
+        a group starts, else zeros. `cut` is 1 if the request has several groups.
 
     Raises:
-        ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`.
-        RuntimeError: a wrong dtype, device, shape or stride, named.
+        ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`;
+            `max_rows` is given for a uniform step.
+        RuntimeError: a wrong dtype, device, shape, stride or `max_rows`, both `indices` and
+            `query_start_loc`: named.
     """
     _load()
+    ragged = indices is not None or query_start_loc is not None
+    if max_rows is not None and not ragged:
+        raise ValueError(f"max_rows: expected None without indices and query_start_loc, given {max_rows}")
     if num_sms is None and out is None:
         if not context_lens.is_cuda:
             raise ValueError(f"num_sms: expected a number, as context_lens is on {context_lens.device}, given None")
@@ -85,14 +122,17 @@ def plan(context_lens: torch.Tensor, *, num_sms: int | None = None, out: torch.T
     if num_sms is not None:
         if num_sms < 1:
             raise ValueError(f"num_sms: expected at least 1, given {num_sms}")
+        shape = plan_shape(num_sms, context_lens.numel() if ragged else None)
         if out is None:
-            out = torch.empty(plan_shape(num_sms), dtype=torch.int32, device=context_lens.device)
-        elif tuple(out.shape) != plan_shape(num_sms):
-            raise ValueError(
-                f"out: expected shape {plan_shape(num_sms)} for num_sms {num_sms}, given {tuple(out.shape)}"
-            )
-    next_n = context_lens.shape[1] if context_lens.dim() == 2 else 1
-    torch.ops.vllm_mqa_sm90.plan(context_lens, next_n, out)
+            out = torch.empty(shape, dtype=torch.int32, device=context_lens.device)
+        elif tuple(out.shape) != shape:
+            raise ValueError(f"out: expected shape {shape} for num_sms {num_sms}, given {tuple(out.shape)}")
+    if ragged:
+        rows = MAX_NEXT_N if max_rows is None else max_rows
+        torch.ops.vllm_mqa_sm90.plan_ragged(context_lens, indices, query_start_loc, rows, out)
+    else:
+        next_n = context_lens.shape[1] if context_lens.dim() == 2 else 1
+        torch.ops.vllm_mqa_sm90.plan(context_lens, next_n, out)
     return out
 
 
@@ -105,6 +145,7 @@ def paged_mqa_logits(
     plan: torch.Tensor,
     *,
     max_context_len: int,
+    max_rows: int | None = None,
     clean_logits: bool = False,
     prefetch: bool = False,
     out: torch.Tensor | None = None,
@@ -118,40 +159,44 @@ def paged_mqa_logits(
     with products of FP8 values and sums in FP32. This is the index score of DeepSeek-V3.2
     (DeepSeek-AI, "DeepSeek-V3.2-Exp", equation 1) with the queries' scale folded into `weights`.
     A row's bits depend on its own query, weights, length and keys alone: not on the batch, on
-    next_n, or on the plan's number of CTAs. Asynchronous on the current stream; CUDA graphs may
-    capture it, and lengths, block table and plan may change between replays.
+    the rows that it shares a group with, or on the plan's number of CTAs. Asynchronous on the
+    current stream; CUDA graphs may capture it, and lengths, block table and plan may change between
+    replays. A ragged step is told by its plan.
 
     All tensors are on one GPU of compute capability 9.0.
 
     Args:
-        q: float8_e4m3fn `[B, next_n, H, 128]` or `[T, H, 128]`, contiguous; H is 16, 32 or 64.
+        q: float8_e4m3fn `[T, H, 128]`, or `[B, next_n, H, 128]`, contiguous; H is 16, 32 or 64.
         kv_cache: uint8 `[pages, page, 1, 132]`, page 32 or 64 tokens. A page's `page * 132` bytes
             are dense: first `page` keys of 128 float8_e4m3fn, then `page` float32 scales. Pages may
             lie any multiple of 16 bytes apart, on a 16-byte boundary.
         weights: float32 `[T, H]`, contiguous.
-        context_lens: int32 `[B, next_n]`, or `[T]` for next_n 1; contiguous; next_n is 1 to 4.
-            Tokens each row may see; 0 or negative marks a padding row. Tokens past
+        context_lens: int32 `[B, next_n]`, or `[T]` for next_n 1 and for ragged steps; contiguous;
+            next_n is 1 to 8. Tokens each row may see; 0 or negative marks a padding row. Tokens past
             `max_context_len` are left out; those past the block table have unspecified logits.
-        block_table: int32 `[B or more, max_pages]`, last stride 1. Page of the request's tokens
+        block_table: int32 `[R, max_pages]`, last stride 1; R is at least B, and more than any request
+            of a ragged step with a row that is not padding. Page of the request's tokens
             [i * page, (i + 1) * page) in column i. Entries past a context are never read from.
-        plan: what `plan(context_lens)` returned for the same lengths. The kernel counts in it
-            while it runs: launches that may overlap, on two streams, need a plan each.
+        plan: what `plan` returned for the same lengths, and `indices` or `query_start_loc`. The kernel
+            counts in it while it runs: launches that may overlap, on two streams, need a plan each.
         max_context_len: columns of the result.
+        max_rows: for a ragged step, the plan's (default 8): chooses the kernel, which works in
+            vain where groups have fewer rows. A wider group stops the kernel with an error.
         clean_logits: sets every column at and past its row's length to -inf; else those columns
             are unspecified.
         prefetch: the caller's word that the kernel before this one on the stream (and any that still
             runs beside that one) writes none of `plan`, `context_lens` and `block_table`, and in
-            `kv_cache` only tokens of this step: of a group those from its shortest positive length
+            `kv_cache` only tokens of this step: of a request those from its shortest positive length
             minus one on. What it does not write is then read while it still runs (programmatic
             dependent launch). True in a model's layers; not right after `plan`.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
 
     Returns:
-        `out`, or a new tensor like it, with rows a multiple of 64 columns apart. B = 0 is a no-op.
+        `out`, or a new tensor like it, with rows a multiple of 64 columns apart. T = 0 is a no-op.
 
     Raises:
-        RuntimeError: a wrong dtype, device, shape, stride, alignment, head count, page size or
-            next_n, a block table with too few rows, a negative length limit, another GPU: named.
+        RuntimeError: a wrong dtype, device, shape, stride, alignment, head count, page size,
+            next_n or max_rows, a block table with too few rows, a negative length limit, another GPU: named.
     """
     _load()
     if out is None:
@@ -159,7 +204,7 @@ def paged_mqa_logits(
         padded = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         out = torch.empty((context_lens.numel(), padded), dtype=torch.float32, device=context_lens.device)[:, :columns]
     torch.ops.vllm_mqa_sm90.paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, prefetch, out
+        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, prefetch, out
     )
     if clean_logits:
         positions = torch.arange(max_context_len, device=out.device)
@@ -168,7 +213,7 @@ def paged_mqa_logits(
 
 
 def launch_counts(device: torch.device | str | int | None = None) -> dict[int, int]:
-    """Launches of the logits kernel so far on one GPU, by next_n.
+    """Launches of the logits kernel so far on one GPU, by next_n, or max_rows of ragged steps.
 
     Counted on the device, so that replays of a CUDA graph count too: the proof that steps ran
     here. Synchronises with the device.
