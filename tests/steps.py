@@ -11,6 +11,9 @@ from vllm_mqa_sm90 import HEAD_DIM, reference
 from vllm_mqa_sm90.ops import TOKEN_BYTES
 
 NAN_BYTE = 0xFF  # NaN as FP8 E4M3, and four of them as FP32
+TILE = 64  # tokens
+POISON = float("nan")
+TOLERANCE = 2e-4  # relative, in norm: the tensor core's own FP8 accumulation takes 1.3e-4 to 1.7e-4 of it
 STALE_IDS = (-1, -(2**31), 2**31 - 1)  # never to be dereferenced
 
 
@@ -152,3 +155,21 @@ def random_ragged_step(
         max_rows=max_rows,
         **grouping,
     )
+
+
+def poisoned(step: Step) -> torch.Tensor:
+    return torch.full((step.context_lens.numel(), step.max_context_len), POISON, device=step.q.device)
+
+
+def assert_accurate(given: torch.Tensor, step: Step) -> None:
+    """Every logit within a context is right; one wrong logit in 10^7 fails the second bound."""
+    expected = step.reference()
+    valid = expected > -torch.inf
+    expected, given = expected[valid].double(), given[valid].double()
+    if not len(expected):
+        return
+    error = (given - expected).abs()
+    norm = expected.norm()
+    # A handful of logits may happen to be small sums of large terms, and say little about the norm.
+    assert float(error.norm() / norm) <= (TOLERANCE if len(expected) >= 1000 else 5 * TOLERANCE)
+    assert float(error.max()) <= 1e-2 * float(norm) / len(expected) ** 0.5

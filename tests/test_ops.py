@@ -134,9 +134,17 @@ MISUSES = [
         "block_table: expected a last stride of 1",
     ),
     ("plan dtype", change("plan", lambda t: t.long()), "plan: expected dtype int32, given dtype int64"),
-    ("plan shape", change("plan", lambda t: t.view(-1, 2)), r"plan: expected shape \[1 \+ 5 n, 4\].*given shape \[42, 2\]"),
+    (
+        "plan shape",
+        change("plan", lambda t: t.view(-1, 2)),
+        r"plan: expected shape \[1 \+ 5 n, 4\].*given shape \[42, 2\]",
+    ),
     ("plan rows", change("plan", lambda t: t[:-1]), r"plan: expected .*, given shape \[20, 4\]"),
-    ("max_rows", lambda arguments: {**arguments, "max_rows": 2}, "max_rows: expected None, as plan is that of a uniform step, given 2"),
+    (
+        "max_rows",
+        lambda arguments: {**arguments, "max_rows": 2},
+        "max_rows: expected None, as plan is that of a uniform step, given 2",
+    ),
     ("plan without CTAs", change("plan", lambda t: t[:1]), r"plan: expected .*at least one, given shape \[1, 4\]"),
     ("plan strides", change("plan", lambda t: t[::2]), "plan: expected a contiguous tensor"),
     ("plan address", change("plan", misaligned), "plan: expected an address that is a multiple of 16"),
@@ -158,15 +166,31 @@ def test_misuse_is_named(misuse: Callable[[Arguments], Arguments], says: str) ->
 
 # The same of a ragged step, for what differs.
 RAGGED_MISUSES = [
-    ("lens dims", change("context_lens", lambda t: t.view(2, 2)), r"plan: expected shape \[1 \+ 5 n, 4\] .*given shape \[25, 4\]"),
-    ("plan rows", change("plan", lambda t: t[:-2]), r"plan: expected shape \[1 \+ 5 n \+ 4, 4\] .*given shape \[23, 4\]"),
-    ("plan of more rows", change("plan", lambda t: t[:-1]), r"plan: expected .*4 rows in groups, given shape \[24, 4\]"),
+    (
+        "lens dims",
+        change("context_lens", lambda t: t.view(2, 2)),
+        r"plan: expected shape \[1 \+ 5 n, 4\] .*given shape \[25, 4\]",
+    ),
+    (
+        "plan rows",
+        change("plan", lambda t: t[:-2]),
+        r"plan: expected shape \[1 \+ 5 n \+ 4, 4\] .*given shape \[23, 4\]",
+    ),
+    (
+        "plan of more rows",
+        change("plan", lambda t: t[:-1]),
+        r"plan: expected .*4 rows in groups, given shape \[24, 4\]",
+    ),
     ("no CTAs", change("plan", lambda t: t[:5]), r"plan: expected .*at least one, .*given shape \[5, 4\]"),
     ("max_rows 0", change("max_rows", lambda _: 0), "max_rows: expected 1 to 8 rows of a group, given 0"),
     ("max_rows 9", change("max_rows", lambda _: 9), "max_rows: expected 1 to 8 rows of a group, given 9"),
     ("q rows", change("q", lambda t: t[:3]), r"q: expected shape .*\[4, H, 128\].*given shape \[3, 32, 128\]"),
     ("weights rows", change("weights", lambda t: t[:3]), r"weights: expected shape \[4, 32\], given shape \[3, 32\]"),
-    ("table rows", change("block_table", lambda t: t[:0]), r"block_table: expected .*R >= 1, .*of the plan, given shape \[0, "),
+    (
+        "table rows",
+        change("block_table", lambda t: t[:0]),
+        r"block_table: expected .*R >= 1, .*of the plan, given shape \[0, ",
+    ),
     ("out rows", change("out", lambda t: t[:3]), r"out: expected shape \[4, 130\], given shape \[3, 130\]"),
 ]
 
@@ -237,7 +261,9 @@ def test_misuse_of_plan_is_named(context_lens: torch.Tensor, options: dict, says
 def test_plan_op_checks_next_n() -> None:
     ops._load()
     with pytest.raises(RuntimeError, match="next_n: expected 2, as context_lens says, given 3"):
-        torch.ops.vllm_mqa_sm90.plan(torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(ops.plan_shape(1), dtype=torch.int32))
+        torch.ops.vllm_mqa_sm90.plan(
+            torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(ops.plan_shape(1), dtype=torch.int32)
+        )
 
 
 def test_ragged_plan_op_needs_to_be_told_the_groups() -> None:

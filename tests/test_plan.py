@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import STALE_IDS
+from steps import STALE_IDS, TILE
 
 import vllm_mqa_sm90
 
-TILE = 64
 lengths = st.one_of(
     st.integers(-3, 200),
     st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]),

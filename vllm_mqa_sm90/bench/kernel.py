@@ -72,7 +72,12 @@ def add_parser(subparsers: Any) -> None:
         help="batch x context, ragged: 0.3 to 1.7 times the context; may be repeated (default: eight shapes)",
     )
     parser.add_argument(
-        "--next-n", nargs="+", type=int, choices=range(1, vllm_mqa_sm90.MAX_NEXT_N + 1), metavar="N", help="query rows a request (default: 1 2 3 4)"
+        "--next-n",
+        nargs="+",
+        type=int,
+        choices=range(1, vllm_mqa_sm90.MAX_NEXT_N + 1),
+        metavar="N",
+        help="query rows a request (default: 1 2 3 4)",
     )
     parser.add_argument(
         "--heads", type=int, choices=vllm_mqa_sm90.HEADS, default=_DEFAULT_HEADS, help="default: %(default)s"
