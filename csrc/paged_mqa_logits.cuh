@@ -298,7 +298,7 @@ struct Consumer {
   float2 weights[C::kRows][C::kWeights];
   float* logits[kPairs];                   // where this thread stores next
   int32_t left[kPairs];                    // tokens of that row from there on
-  int32_t left_of_warp;                    // likewise, of the longest row and the warp's first token
+  int32_t left_of_warp;                    // likewise, of the longest of these rows and the warp's first token
 
   __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int index)
       : p(params), shared(s), pipe(index / C::kConsumersPerPipe), first_row(index % C::kConsumersPerPipe * C::kRows) {}
@@ -378,7 +378,10 @@ struct Consumer {
       const int32_t skip = turn.skip();
       turn.take(tiles_in_segment);
       int32_t tiles = (tiles_in_segment - skip + C::kPipes - 1) / C::kPipes;
-      if (tiles > 0) {
+      if (C::kConsumersPerPipe > 1 && longest(info) <= info.first_tile * kTileTokens) {
+        // Its rows are short or not there: the tensor cores are the other consumer's alone.
+        for (; tiles > 0; --tiles) hopper::arrive_as_warp(*load_tile().empty);
+      } else if (tiles > 0) {
         const hopper::Operand operand(shared.query[queries.stage] + first_row * C::kQueryBytes);
         Tile t = load_tile();
         start(t, operand);
@@ -402,6 +405,11 @@ struct Consumer {
     }
   }
 
+  // Tokens that the longest of this consumer's rows sees.
+  __device__ __forceinline__ int32_t longest(const SegmentInfo<C::kGroupRows>& info) const {
+    return longest_of_rows(info.lens + first_row, C::kRows);
+  }
+
   // For a segment: where to store, up to where, and the weights of this thread's columns.
   __device__ __forceinline__ void prepare(const SegmentInfo<C::kGroupRows>& info, int32_t tile_position,
                                           const float* weights_of_group) {
@@ -412,7 +420,7 @@ struct Consumer {
       logits[pair] = p.logits + (info.first_row + first_row + row) * p.logits_stride + position;
       left[pair] = row < C::kRows ? info.lens[first_row + row] - position : 0;
     }
-    left_of_warp = longest_of_rows(info.lens + first_row, C::kRows) - tile_position - warp * 16;
+    left_of_warp = longest(info) - tile_position - warp * 16;
     const float* weights_of_rows = weights_of_group + first_row * C::kHeads;
 #pragma unroll
     for (int r = 0; r < C::kRows; ++r) {
