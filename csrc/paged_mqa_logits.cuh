@@ -14,6 +14,8 @@
 // scored by four instructions. A consumer's tensor-core work and its arithmetic take turns; the other's fill in.
 #pragma once
 
+#include <cstddef>
+
 #include "hopper.cuh"
 #include "schedule.cuh"
 
@@ -80,23 +82,41 @@ struct Turn {
   __device__ __forceinline__ void take(int32_t tiles_in_segment) { first = (first + tiles_in_segment) % kPipes; }
 };
 
-// Lengths of a group's rows, read ahead: nothing waits for them before longest() is called.
-template <int kGroupRows>
+// What producers read ahead. Each lane holds a part, and nothing waits before the parts are put together: what
+// all lanes load alike the compiler takes to uniform registers, and waits for it at once.
+
+// Lengths of a group's rows: lane r has row r's.
 struct Lengths {
-  int32_t rows[kGroupRows];
+  int32_t of_lane;
 
   __device__ __forceinline__ void load(const LogitsParams& p, const Group& group) {
-#pragma unroll
-    for (int r = 0; r < kGroupRows; ++r) rows[r] = r < group.rows ? p.context_lens[group.first_row + r] : 0;
+    const int32_t row = threadIdx.x % 32;
+    of_lane = row < group.rows ? p.context_lens[group.first_row + row] : 0;
   }
-  __device__ __forceinline__ int32_t longest() const { return longest_of_rows(rows, kGroupRows); }
+  __device__ __forceinline__ int32_t of_row(int row) const { return __shfl_sync(~0u, of_lane, row); }
+  __device__ __forceinline__ int32_t longest() const { return __reduce_max_sync(~0u, max(of_lane, 0)); }
 
   // Tiles of tokens from before this step alone: a row's own token is the last that it sees.
   __device__ __forceinline__ int32_t older_tiles() const {
-    int32_t shortest = INT32_MAX;
-#pragma unroll
-    for (int r = 0; r < kGroupRows; ++r) shortest = rows[r] > 0 ? min(shortest, rows[r]) : shortest;
-    return (shortest - 1) / kTileTokens;
+    return (__reduce_min_sync(~0u, of_lane > 0 ? of_lane : INT32_MAX) - 1) / kTileTokens;
+  }
+};
+
+// The group after another: of a ragged step's table entry, lane i has number i % 4.
+struct NextGroup {
+  int32_t of_lane;
+
+  __device__ __forceinline__ void load(const LogitsParams& p, const Group& group) {
+    const int32_t row = group.first_row + group.rows;
+    of_lane = 0;
+    if (p.group_table != nullptr && row < p.rows) {
+      of_lane = reinterpret_cast<const int32_t*>(p.group_table + row)[threadIdx.x % 4];
+    }
+  }
+  __device__ __forceinline__ Group get(const LogitsParams& p, const Group& group) const {
+    if (p.group_table == nullptr) return Groups{nullptr, p.rows, p.max_rows}.after(group);
+    return {__shfl_sync(~0u, of_lane, 0), __shfl_sync(~0u, of_lane, 1), __shfl_sync(~0u, of_lane, 2),
+            __shfl_sync(~0u, of_lane, 3)};
   }
 };
 
@@ -140,25 +160,30 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
   constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);  // used by several CTAs
   // Columns that exist both in the output and in the block table.
   const int32_t columns = min(static_cast<int64_t>(p.block_table_width) * p.page_size, int64_t{p.max_context_len});
-  const int32_t spares = reinterpret_cast<const PlanHeader*>(p.plan)->spares;
-  const Groups groups{p.group_table, p.rows, p.max_rows};
+  static_assert(offsetof(PlanHeader, spares) == sizeof(int32_t));
+  const int32_t header = p.plan[threadIdx.x % 4];  // read ahead too
   hopper::RingPosition<C::kQuerySlots> slot;
 
-  for (uint32_t phase = 0; share.num_tiles != kNoShare; share = take_spare(p, shared, spares, phase)) {
+  for (uint32_t phase = 0; share.num_tiles != kNoShare;
+       share = take_spare(p, shared, __shfl_sync(~0u, header, 1), phase)) {
     Walk walk(share);
-    Group following = groups.after(walk.group);
-    Lengths<C::kGroupRows> ahead;
+    Lengths ahead;
+    NextGroup following;
     ahead.load(p, walk.group);
+    following.load(p, walk.group);
     cudaGridDependencySynchronize();  // queries, weights and the count of spare shares come from kernels before
 
     while (!walk.done()) {
-      const Lengths<C::kGroupRows> lens = ahead;
+      const Lengths lens = ahead;
       const Group group = walk.group;
       if (group.rows > C::kGroupRows) __trap();  // the plan is for wider groups than the launch
-      const Segment segment = walk.next(tiles_of_length(lens.longest()), following);
+      const Segment segment = walk.next(tiles_of_length(lens.longest()), following.get(p, group));
       ahead.load(p, walk.group);
-      following = groups.after(walk.group);
+      following.load(p, walk.group);
       if (segment.num_tiles == 0) continue;
+      int32_t lens_of_rows[C::kGroupRows];
+#pragma unroll
+      for (int r = 0; r < C::kGroupRows; ++r) lens_of_rows[r] = min(lens.of_row(r), columns);
       shared.query_empty[slot.stage].wait(slot.phase ^ 1);
       if (cute::elect_one_sync()) {
         SegmentInfo<C::kGroupRows>& info = shared.segment[slot.stage];
@@ -166,7 +191,7 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
         info.first_tile = segment.first_tile;
         info.num_tiles = segment.num_tiles;
 #pragma unroll
-        for (int r = 0; r < C::kGroupRows; ++r) info.lens[r] = min(lens.rows[r], columns);
+        for (int r = 0; r < C::kGroupRows; ++r) info.lens[r] = lens_of_rows[r];
         hopper::Barrier& full = shared.query_full[slot.stage];
         full.arrive_and_expect_tx(group.rows * (C::kQueryBytes + C::kHeads * 4));
         auto* barrier = reinterpret_cast<uint64_t*>(&full);
@@ -201,7 +226,6 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
   const int pages_per_tile = kTileTokens / p.page_size;
   const int page_bytes = p.page_size * kHeadDim;
 
-  const Groups groups{p.group_table, p.rows, p.max_rows};
   hopper::RingPosition<C::kStages> stage;
   Turn<C::kPipes> turn{pipe};
 
@@ -218,9 +242,10 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 
   for (uint32_t phase = 0; share.num_tiles != kNoShare; share = receive_spare(shared, phase)) {
     Walk walk(share);
-    Group following = groups.after(walk.group);
-    Lengths<C::kGroupRows> lens_ahead;
+    Lengths lens_ahead;
+    NextGroup following;
     lens_ahead.load(p, walk.group);
+    following.load(p, walk.group);
     PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip());
 
     while (!walk.done()) {
@@ -229,12 +254,12 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
       // What the other groups of its request see of this step is unknown here.
       const int32_t older_tiles = group.cut ? 0 : lens_ahead.older_tiles();
       PageIds ids = ids_ahead;
-      const Segment segment = walk.next(tiles_of_length(longest), following);
+      const Segment segment = walk.next(tiles_of_length(longest), following.get(p, group));
       int32_t t = turn.skip();
       turn.take(segment.num_tiles);
       lens_ahead.load(p, walk.group);
       ids_ahead = load_ids(walk.group, turn.skip());
-      following = groups.after(walk.group);
+      following.load(p, walk.group);
       // Pages that hold tokens of this group: nothing past them is named, so nothing past them is read.
       const int32_t num_pages = min(longest / p.page_size + (longest % p.page_size != 0), p.block_table_width);
 
