@@ -27,10 +27,11 @@ struct Config {
   static constexpr int kQueryBytes = kHeads * kHeadDim;                      // of one row
   static constexpr int kQuerySlots = 2;                                      // groups whose queries are resident
 
-  static constexpr int kPipes = 2;
+  // As many as the consumers' sums and weights leave registers for.
+  static constexpr int kPipes = kColumns <= 128 ? 3 : 2;
   static constexpr int kThreads = kPipes * 128 + 128;                        // consumers, then the producers
-  static constexpr int kConsumerRegisters = 232;                             // 2 * 232 + 40 = 3 * 168
-  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kPipes == 3 ? 160 : 232;         // 3 * 160 + 32 = 4 * 128
+  static constexpr int kProducerRegisters = kPipes == 3 ? 32 : 40;           // 2 * 232 + 40 = 3 * 168
 
   static constexpr int kTileBytes = kTileTokens * kHeadDim;
   static constexpr int kMaxSharedBytes = 227 * 1024;                         // of a CTA
