@@ -85,12 +85,13 @@ struct Lengths {
   }
   __device__ __forceinline__ int32_t longest() const { return longest_of_group(rows, kNextN); }
 
-  // Tiles of tokens from before this step alone: a row's own token is the last that it sees.
+  // Tiles of tokens from before this step alone. Not all of its tokens need be rows of this group: where
+  // each row is a group, as in a flattened step, the others' tokens are just before its own.
   __device__ __forceinline__ int32_t older_tiles() const {
     int32_t shortest = INT32_MAX;
 #pragma unroll
     for (int r = 0; r < kNextN; ++r) shortest = rows[r] > 0 ? min(shortest, rows[r]) : shortest;
-    return (shortest - 1) / kTileTokens;
+    return (shortest - kStepTokens) / kTileTokens;
   }
 };
 

@@ -236,7 +236,8 @@ def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             max_context_len=max_model_len,
             clean_logits=options.get("clean_logits", False),
             # The step's metadata and all older keys were written before the model ran. What comes right before
-            # the logits writes this layer's queries and this step's keys, or is the prefill's.
+            # the logits writes this layer's queries and this step's keys, up to MAX_NEXT_N a request, or is the
+            # prefill's.
             prefetch=True,
         )
 
