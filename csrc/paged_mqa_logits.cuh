@@ -84,15 +84,6 @@ struct Lengths {
     for (int r = 0; r < kNextN; ++r) rows[r] = group < p.groups ? p.context_lens[group * kNextN + r] : 0;
   }
   __device__ __forceinline__ int32_t longest() const { return longest_of_group(rows, kNextN); }
-
-  // Tiles of tokens from before this step alone. Not all of its tokens need be rows of this group: where
-  // each row is a group, as in a flattened step, the others' tokens are just before its own.
-  __device__ __forceinline__ int32_t older_tiles() const {
-    int32_t shortest = INT32_MAX;
-#pragma unroll
-    for (int r = 0; r < kNextN; ++r) shortest = rows[r] > 0 ? min(shortest, rows[r]) : shortest;
-    return (shortest - kStepTokens) / kTileTokens;
-  }
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -208,10 +199,11 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
     Lengths<C::kNextN> lens_ahead;
     lens_ahead.load(p, walk.group);
     PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip());
+    cudaGridDependencySynchronize();  // keys come from kernels before
 
     while (!walk.done()) {
       const int32_t group = walk.group;
-      const int32_t longest = lens_ahead.longest(), older_tiles = lens_ahead.older_tiles();
+      const int32_t longest = lens_ahead.longest();
       PageIds ids = ids_ahead;
       const Segment segment = walk.next(tiles_of_length(longest));
       int32_t t = turn.skip();
@@ -228,7 +220,6 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
           const int32_t pages = min(pages_per_tile, num_pages - (segment.first_tile + t) * pages_per_tile);
           const int32_t first = __shfl_sync(~0u, ids.first, i), second = __shfl_sync(~0u, ids.second, i);
           shared.tile_empty[pipe][stage.stage].wait(stage.phase ^ 1);
-          if (segment.first_tile + t >= older_tiles) cudaGridDependencySynchronize();
           if (cute::elect_one_sync()) {
             hopper::Barrier& full = shared.tile_full[pipe][stage.stage];
             full.arrive_and_expect_tx(max(pages, 0) * p.page_size * (kHeadDim + 4));
@@ -418,8 +409,7 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&kv_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&q_map));
     }
-    // Nothing before this reads what earlier kernels wrote. With `prefetch` producers go on, up to the keys of
-    // this step's tokens; consumers follow the queries.
+    // Nothing before this reads what earlier kernels wrote; consumers follow the queries.
     if (!p.prefetch) cudaGridDependencySynchronize();
     own = reinterpret_cast<const Share*>(p.plan)[1 + blockIdx.x];
   }

@@ -10,7 +10,6 @@ namespace mqa_sm90 {
 constexpr int kHeadDim = 128;      // bytes of one FP8 key or query head
 constexpr int kTileTokens = 64;    // tokens scored per step of the kernel: one wgmma M
 constexpr int kMaxNextN = 4;       // query rows of one group that share a KV tile
-constexpr int kStepTokens = 8;     // tokens that a request brings in one step, at most, where `prefetch` is set
 constexpr int kPlanColumns = 4;    // int32 columns of the plan, see schedule.cuh
 constexpr int kSparesPerCta = 4;   // spare shares in the plan, at most, for each CTA
 
@@ -35,8 +34,8 @@ struct LogitsParams {
   int32_t max_context_len;      // columns of `logits` that may be written
   int64_t logits_stride;        // elements
   int32_t num_ctas;
-  // The kernel launched before writes nothing that this one reads but queries, weights and keys from
-  // kStepTokens before the end of a group's shortest row on; the rest is read while that one still runs.
+  // The kernel launched before writes none of the plan, the lengths and the block table: they are read
+  // while it still runs.
   bool prefetch;
 };
 

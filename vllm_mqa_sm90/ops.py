@@ -140,10 +140,9 @@ def paged_mqa_logits(
         clean_logits: sets every column at and past its row's length to -inf; else those columns
             are unspecified.
         prefetch: the caller's word that the kernel before this one on the stream (and any that still
-            runs beside that one) writes none of `plan`, `context_lens` and `block_table`, and in
-            `kv_cache` only this step's tokens: of a group those from its shortest positive length
-            minus 8 on. What it does not write is then read while it still runs (programmatic
-            dependent launch). True in a model's layers; not right after `plan`.
+            runs beside that one) writes none of `plan`, `context_lens` and `block_table`. They are
+            then read while it still runs (programmatic dependent launch). True in a model's layers;
+            not right after `plan`.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
 
     Returns:
