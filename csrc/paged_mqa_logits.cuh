@@ -25,27 +25,29 @@ template <int kHeads_, int kGroupRows_>
 struct Config {
   static constexpr int kHeads = kHeads_;
   static constexpr int kGroupRows = kGroupRows_;                             // of the widest group
-  static constexpr int kConsumers = 2;
   static constexpr int kConsumersPerPipe = kGroupRows > 4 ? 2 : 1;           // which share a group's rows
-  static constexpr int kPipes = kConsumers / kConsumersPerPipe;
   static constexpr int kRows = kGroupRows / kConsumersPerPipe;               // of a consumer
   static_assert(kRows * kConsumersPerPipe == kGroupRows);
 
   static constexpr int kColumns = hopper::wgmma_columns(kHeads * kRows);     // of which the first are used
+  // As many as the consumers' sums and weights leave registers for.
+  static constexpr int kPipes = kConsumersPerPipe > 1 ? 1 : kColumns <= 128 ? 3 : 2;
+  static constexpr int kConsumers = kPipes * kConsumersPerPipe;
   static constexpr int kWeights = kHeads / 8;                                // float2 a thread and row
   static constexpr int kQueryBytes = kHeads * kHeadDim;                      // of one row
   static constexpr int kQuerySlots = 2;                                      // groups whose queries are resident
   static constexpr int kQuerySlotBytes = (kGroupRows - kRows) * kQueryBytes + kColumns * kHeadDim;
 
   static constexpr int kThreads = kConsumers * 128 + 128;                    // consumers, then the producers
-  static constexpr int kConsumerRegisters = 232;                             // 2 * 232 + 40 = 3 * 168
-  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;     // 3 * 160 + 32 = 4 * 128
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;       // 2 * 232 + 40 = 3 * 168
 
   static constexpr int kTileBytes = kTileTokens * kHeadDim;
   static constexpr int kMaxSharedBytes = 227 * 1024;                         // of a CTA
   static constexpr int kFixedBytes = kQuerySlots * (kQuerySlotBytes + kGroupRows * kHeads * 4) + 2048;
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kFixedBytes) / (kPipes * (kTileBytes + kTileTokens * 4));
-  static constexpr int kStages = kStagesThatFit < 16 / kPipes ? kStagesThatFit : 16 / kPipes;  // of a pipe
+  static constexpr int kStagesThatPay = 8 * kConsumersPerPipe;
+  static constexpr int kStages = kStagesThatFit < kStagesThatPay ? kStagesThatFit : kStagesThatPay;  // of a pipe
 };
 
 // What the consumers are told about a segment, the next run of tiles.
@@ -95,11 +97,6 @@ struct Lengths {
   }
   __device__ __forceinline__ int32_t of_row(int row) const { return __shfl_sync(~0u, of_lane, row); }
   __device__ __forceinline__ int32_t longest() const { return __reduce_max_sync(~0u, max(of_lane, 0)); }
-
-  // Tiles of tokens from before this step alone: a row's own token is the last that it sees.
-  __device__ __forceinline__ int32_t older_tiles() const {
-    return (__reduce_min_sync(~0u, of_lane > 0 ? of_lane : INT32_MAX) - 1) / kTileTokens;
-  }
 };
 
 // The group after another: of a ragged step's table entry, lane i has number i % 4.
@@ -247,12 +244,11 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
     lens_ahead.load(p, walk.group);
     following.load(p, walk.group);
     PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip());
+    cudaGridDependencySynchronize();  // keys come from kernels before
 
     while (!walk.done()) {
       const Group group = walk.group;
       const int32_t longest = lens_ahead.longest();
-      // What the other groups of its request see of this step is unknown here.
-      const int32_t older_tiles = group.cut ? 0 : lens_ahead.older_tiles();
       PageIds ids = ids_ahead;
       const Segment segment = walk.next(tiles_of_length(longest), following.get(p, group));
       int32_t t = turn.skip();
@@ -270,7 +266,6 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
           const int32_t pages = min(pages_per_tile, num_pages - (segment.first_tile + t) * pages_per_tile);
           const int32_t first = __shfl_sync(~0u, ids.first, i), second = __shfl_sync(~0u, ids.second, i);
           shared.tile_empty[pipe][stage.stage].wait(stage.phase ^ 1);
-          if (segment.first_tile + t >= older_tiles) cudaGridDependencySynchronize();
           if (cute::elect_one_sync()) {
             hopper::Barrier& full = shared.tile_full[pipe][stage.stage];
             full.arrive_and_expect_tx(max(pages, 0) * p.page_size * (kHeadDim + 4));
@@ -295,8 +290,8 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Consumers: a warpgroup for all or half of a group's rows. Of a tile's sums its thread (warp, i = lane / 4, c = lane % 4) holds
-// tokens 16 warp + i and + 8, and of every 8 columns the two from 2c on (hopper.cuh).
+// Consumers: a warpgroup for all or half of a group's rows. Of a tile's sums its thread (warp, i = lane / 4,
+// c = lane % 4) holds tokens 16 warp + i and + 8, and of every 8 columns the two from 2c on (hopper.cuh).
 // ---------------------------------------------------------------------------------------------
 template <typename C>
 struct Consumer {
@@ -471,8 +466,7 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&kv_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&q_map));
     }
-    // Nothing before this reads what earlier kernels wrote. With `prefetch` producers go on, up to the keys of
-    // this step's tokens; consumers follow the queries.
+    // Nothing before this reads what earlier kernels wrote; consumers follow the queries.
     if (!p.prefetch) cudaGridDependencySynchronize();
     own = reinterpret_cast<const Share*>(p.plan)[1 + blockIdx.x];
   }

@@ -55,8 +55,8 @@ struct LogitsParams {
   int32_t max_context_len;      // columns of `logits` that may be written
   int64_t logits_stride;        // elements
   int32_t num_ctas;
-  // The kernel launched before writes nothing that this one reads but queries, weights and the keys of
-  // this step's tokens; the rest is read while that one still runs.
+  // The kernel launched before writes none of the plan, the lengths and the block table: they are read
+  // while it still runs.
   bool prefetch;
 };
 

@@ -23,30 +23,28 @@ namespace mqa_sm90 {
 struct alignas(16) Group {
   int32_t first_row, rows;
   int32_t request;  // row of the block table
-  int32_t cut;      // 1: the request has more rows than one group holds, and so several groups
+  int32_t unused;   // 0
 };
 
 // A run of tiles, from one group on over as many as it takes.
 struct alignas(16) Share {
-  static constexpr int kRowsBits = 4, kCutBits = 1;
+  static constexpr int kRowsBits = 4;
 
   int32_t first_row;  // of the first group
   int32_t tile;       // first tile within that group
   int32_t num_tiles;
-  uint32_t packed;    // the rest of that group: request, cut, rows; so that nothing has to be looked up
+  uint32_t packed;    // the rest of that group: request and rows; so that nothing has to be looked up
 
   MQA_HOST_DEVICE static Share from(const Group& first, int32_t tile, int32_t num_tiles) {
-    const auto request = static_cast<uint32_t>(first.request), cut = static_cast<uint32_t>(first.cut);
-    return {first.first_row, tile, num_tiles, (request << kCutBits | cut) << kRowsBits | first.rows};
+    return {first.first_row, tile, num_tiles, static_cast<uint32_t>(first.request) << kRowsBits | first.rows};
   }
 
   MQA_HOST_DEVICE Group first_group() const {
-    const uint32_t request = packed >> (kRowsBits + kCutBits), cut = packed >> kRowsBits & ((1u << kCutBits) - 1);
-    return {first_row, static_cast<int32_t>(packed & ((1u << kRowsBits) - 1)), static_cast<int32_t>(request),
-            static_cast<int32_t>(cut)};
+    const auto rows = static_cast<int32_t>(packed & ((1u << kRowsBits) - 1));
+    return {first_row, rows, static_cast<int32_t>(packed >> kRowsBits), 0};
   }
 };
-constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits - Share::kCutBits);
+constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits);
 
 // The plan, int32 [plan_rows(num_ctas), kPlanColumns]: this, then the shares. A ragged step's goes on with the
 // group table, [table_rows(rows), kPlanColumns]: for each row the group that starts there, all 0 where none does.
@@ -85,9 +83,8 @@ MQA_HOST_DEVICE Group group_from_indices(const StepRows& step, int32_t row, int3
   if ((row - run_start) % step.max_rows != 0) return {0, 0, 0, 0};
   const int32_t request = step.indices[row];
   int32_t end = row + 1;
-  const auto goes_on = [&] { return end < step.rows && step.indices[end] == request; };
-  while (end < row + step.max_rows && goes_on()) ++end;
-  return {row, end - row, request, row > run_start || goes_on()};
+  while (end < row + step.max_rows && end < step.rows && step.indices[end] == request) ++end;
+  return {row, end - row, request, 0};
 }
 
 MQA_HOST_DEVICE bool starts_run(const int32_t* indices, int32_t row) {
@@ -100,7 +97,7 @@ MQA_HOST_DEVICE void enter_request(const StepRows& step, int32_t request, Group*
   const int32_t start = given > 0 ? given : 0, end = given_end < step.rows ? given_end : step.rows;
   for (int32_t row = start; row < end; row += step.max_rows) {
     const int32_t left = end - row;
-    table[row] = {row, left < step.max_rows ? left : step.max_rows, request, end - start > step.max_rows};
+    table[row] = {row, left < step.max_rows ? left : step.max_rows, request, 0};
   }
 }
 

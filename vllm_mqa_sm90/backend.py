@@ -238,8 +238,8 @@ def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             schedule_metadata,
             max_context_len=max_model_len,
             clean_logits=options.get("clean_logits", False),
-            # The step's metadata and all older keys were written before the model ran. What comes right before
-            # the logits writes this layer's queries and this step's keys, or is the prefill's.
+            # vLLM writes a step's metadata before the model runs, so never right before a layer's logits. Keys may
+            # be: also older ones, where a request hits the prefix that another one computes in the same step.
             prefetch=True,
         )
 

@@ -101,9 +101,9 @@ def plan(
     Returns:
         `out`, or a new tensor like it. Row 0 is `{0, spare shares, 0, 0}`; the rows after it are
         the CTAs' shares, then the spare ones: `{first row of the first group, first tile in it,
-        number of tiles, that group's rows + 16 * cut + 32 * request}`. A ragged step's plan goes on
-        with the group table, one row for each of the step's: `{first row, rows, request, cut}` where
-        a group starts, else zeros. `cut` is 1 if the request has several groups.
+        number of tiles, that group's rows + 16 * request}`. A ragged step's plan goes on with the group
+        table, one row for each of the step's: `{first row, rows, request, 0}` where a group starts,
+        else zeros.
 
     Raises:
         ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`;
@@ -185,10 +185,9 @@ def paged_mqa_logits(
         clean_logits: sets every column at and past its row's length to -inf; else those columns
             are unspecified.
         prefetch: the caller's word that the kernel before this one on the stream (and any that still
-            runs beside that one) writes none of `plan`, `context_lens` and `block_table`, and in
-            `kv_cache` only tokens of this step: of a request those from its shortest positive length
-            minus one on. What it does not write is then read while it still runs (programmatic
-            dependent launch). True in a model's layers; not right after `plan`.
+            runs beside that one) writes none of `plan`, `context_lens` and `block_table`. They are
+            then read while it still runs (programmatic dependent launch). True in a model's layers;
+            not right after `plan`.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
 
     Returns:
