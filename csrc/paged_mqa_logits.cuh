@@ -295,8 +295,9 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 }
 
 // ---------------------------------------------------------------------------------------------
-// Consumers: a warpgroup for all or half of a group's rows. Of a tile's sums its thread (warp, i = lane / 4, c = lane % 4) holds
-// tokens 16 warp + i and + 8, and of every 8 columns the two from 2c on (hopper.cuh).
+// Consumers: a warpgroup for all or half of a group's rows. Of a tile's sums its thread (warp,
+// i = lane / 4, c = lane % 4) holds tokens 16 warp + i and + 8, and of every 8 columns the two from
+// 2c on (hopper.cuh).
 // ---------------------------------------------------------------------------------------------
 template <typename C>
 struct Consumer {
