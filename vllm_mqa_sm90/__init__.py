@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged MQA logits of DeepSeek Sparse Attention's indexer on Hopper, for up to four query rows a request."""
+"""Paged MQA logits of DeepSeek Sparse Attention's indexer on Hopper, for up to eight query rows a group."""
 
 from vllm_mqa_sm90.ops import (
     HEAD_DIM,
