@@ -355,7 +355,7 @@ const Group* group_table_of(const Tensor& plan, int32_t num_ctas) {
 
 void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                  const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                 std::optional<int64_t> max_rows, bool prefetch, const Tensor& out) {
+                 std::optional<int64_t> max_rows, const Tensor& out) {
   LogitsParams params =
       check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
   const int32_t device = q.get_device_index();
@@ -369,7 +369,6 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
   params.plan = data<int32_t>(plan);
   params.group_table = group_table_of(plan, params.num_ctas);
   params.logits = data<float>(out);
-  params.prefetch = prefetch;
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_cuda(launch_logits(params, current_stream(device)), "launch of the logits kernel");
 }
@@ -377,7 +376,7 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
 // CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
 void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                std::optional<int64_t> max_rows, bool, const Tensor& out) {
+                std::optional<int64_t> max_rows, const Tensor& out) {
   check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
   fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
 }
@@ -433,7 +432,7 @@ STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
       "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, Tensor(a!) out) -> ()");
   library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-      "Tensor(a!) plan, int max_context_len, int? max_rows, bool prefetch, Tensor(b!) out) -> ()");
+      "Tensor(a!) plan, int max_context_len, int? max_rows, Tensor(b!) out) -> ()");
   library.def("launch_counts(int device) -> int[]");
   library.def("walk(Tensor plan, Tensor context_lens, Tensor(a!) out) -> ()");
 }

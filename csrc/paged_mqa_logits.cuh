@@ -168,7 +168,6 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
     NextGroup following;
     ahead.load(p, walk.group);
     following.load(p, walk.group);
-    cudaGridDependencySynchronize();  // queries, weights and the count of spare shares come from kernels before
 
     while (!walk.done()) {
       const Lengths lens = ahead;
@@ -205,8 +204,6 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
       slot.advance();
     }
   }
-  // Not before the wait above: all before this kernel is then done when the one after it starts.
-  cudaTriggerProgrammaticLaunchCompletion();
   shared.query_empty[slot.stage].wait(slot.phase ^ 1);
   if (cute::elect_one_sync()) {
     shared.segment[slot.stage].num_tiles = 0;
@@ -244,7 +241,6 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
     lens_ahead.load(p, walk.group);
     following.load(p, walk.group);
     PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip());
-    cudaGridDependencySynchronize();  // keys come from kernels before
 
     while (!walk.done()) {
       const Group group = walk.group;
@@ -466,8 +462,8 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&kv_map));
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&q_map));
     }
-    // Nothing before this reads what earlier kernels wrote; consumers follow the queries.
-    if (!p.prefetch) cudaGridDependencySynchronize();
+    // Nothing before this reads what earlier kernels wrote; consumers follow the producers.
+    cudaGridDependencySynchronize();
     own = reinterpret_cast<const Share*>(p.plan)[1 + blockIdx.x];
   }
   if (threadIdx.x == 0) {
@@ -487,6 +483,7 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
     if (blockIdx.x == 0) atomicAdd(launch_count, 1ull);
   }
   __syncthreads();
+  cudaTriggerProgrammaticLaunchCompletion();
 
   if (warpgroup == C::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();

@@ -55,9 +55,6 @@ struct LogitsParams {
   int32_t max_context_len;      // columns of `logits` that may be written
   int64_t logits_stride;        // elements
   int32_t num_ctas;
-  // The kernel launched before writes none of the plan, the lengths and the block table: they are read
-  // while it still runs.
-  bool prefetch;
 };
 
 // Both launch asynchronously on `stream` of the current device and return the launch's status.

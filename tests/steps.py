@@ -169,7 +169,9 @@ def assert_accurate(given: torch.Tensor, step: Step) -> None:
     if not len(expected):
         return
     error = (given - expected).abs()
-    norm = expected.norm()
-    # A handful of logits may happen to be small sums of large terms, and say little about the norm.
-    assert float(error.norm() / norm) <= (TOLERANCE if len(expected) >= 1000 else 5 * TOLERANCE)
-    assert float(error.max()) <= 1e-2 * float(norm) / len(expected) ** 0.5
+    norm, tolerance = float(expected.norm()), TOLERANCE
+    if len(expected) < 1000:
+        # They may happen to be small sums of large terms: what they are on average counts, with these random values.
+        norm, tolerance = max(norm, (len(expected) * step.q.shape[-2] * 64) ** 0.5), 5 * TOLERANCE
+    assert float(error.norm()) <= tolerance * norm
+    assert float(error.max()) <= 1e-2 * norm / len(expected) ** 0.5

@@ -515,7 +515,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleN
         return 10.0
 
     def paged_mqa_logits(
-        *arguments: torch.Tensor, max_context_len: int, prefetch: bool = False, out: torch.Tensor | None = None
+        *arguments: torch.Tensor, max_context_len: int, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if machine.refuses and machine.refuses(arguments[3]):
             raise RuntimeError("q: expected something else\nand so on")

@@ -191,7 +191,7 @@ def test_graph_replay_with_changing_lengths(next_n: int) -> None:
 
 
 @pytest.mark.parametrize(("next_n", "max_rows"), [(1, None), (3, None), (6, None), (3, 3), (5, 2)], ids=str)
-def test_prefetch_waits_for_what_the_kernel_before_writes(next_n: int, max_rows: int | None) -> None:
+def test_waits_for_what_the_kernel_before_writes(next_n: int, max_rows: int | None) -> None:
     """That kernel lets ours start, idles, and only then writes queries, weights and keys. With `max_rows` a ragged step."""
     triton = pytest.importorskip("triton")
     import triton.language as tl
@@ -232,11 +232,11 @@ def test_prefetch_waits_for_what_the_kernel_before_writes(next_n: int, max_rows:
         out.fill_(POISON)
         torch.cuda.synchronize()
         late_copies[(32,)](*buffers, sizes, BLOCK=1024)
-        step.logits(plan, prefetch=True, out=out)
+        step.logits(plan, out=out)
         assert_accurate(out, step)
 
 
-def test_prefetch_changes_no_bit() -> None:
+def test_overlapping_launches_change_no_bit() -> None:
     """Launches that overlap, in a row and in a graph, with spare shares counted in one plan."""
     step = random_step(rows_of([*EDGES, 9000] * 20, 3), num_pages=500, device="cuda")
     plan = vllm_mqa_sm90.plan(step.context_lens, num_sms=40)
@@ -246,9 +246,7 @@ def test_prefetch_changes_no_bit() -> None:
 
     def run() -> None:
         for out in outs:
-            vllm_mqa_sm90.paged_mqa_logits(
-                *step.inputs(), plan, max_context_len=step.max_context_len, prefetch=True, out=out
-            )
+            vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len, out=out)
 
     torch.cuda.synchronize()
     run()

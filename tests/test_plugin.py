@@ -534,7 +534,7 @@ def test_logits_go_by_the_schedule(hopper: None, monkeypatch: pytest.MonkeyPatch
     assert call(*args, plan, max_model_len=4096, **options) == (
         "ours",
         ("q", "kv", "weights", "lengths", "table", plan),
-        {"max_context_len": 4096, "clean_logits": False, "prefetch": True},
+        {"max_context_len": 4096, "clean_logits": False},
     )
     schedule = torch.zeros(NUM_SMS + 1, 2)
     assert call(*args, schedule, max_model_len=4096, **options) == ("stock", (*args, schedule, 4096), options)

@@ -44,16 +44,14 @@ def rows_alone(step: Step) -> Step:
     )
 
 
-def check(step: Step, *, num_sms: int | None = None, prefetch: bool = False) -> None:
+def check(step: Step, *, num_sms: int | None = None) -> None:
     """Accuracy, bits, and that nothing outside the rows' tiles is written, before, between or after them."""
     alone = rows_alone(step)
     expected = alone.run(clean_logits=True)
     columns, lens = step.max_context_len, alone.context_lens.view(-1, 1)
     storage = torch.full((len(expected) + 2, columns + 3 * TILE), POISON, device="cuda")
     plan = step.plan(num_sms=num_sms)
-    # Between the plan and a launch with `prefetch`, which must not come right after it.
-    storage.fill_(POISON)
-    step.logits(plan, out=storage[1:-1, :columns], prefetch=prefetch)
+    step.logits(plan, out=storage[1:-1, :columns])
     given = storage[1:-1]
     positions = torch.arange(storage.shape[1], device="cuda")
     assert given[positions >= -(-lens.clamp(min=0) // TILE) * TILE].isnan().all()
@@ -75,15 +73,14 @@ lengths = st.one_of(st.integers(-1, 300), st.sampled_from([0, 1, 63, 64, 65, 127
     heads=st.sampled_from([16, 32, 64]),
     page=st.sampled_from([32, 64]),
     num_sms=st.sampled_from([None, 1, 3, 40]),
-    prefetch=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_random_steps(requests, by, max_rows, padding, heads, page, num_sms, prefetch, seed) -> None:
+def test_random_steps(requests, by, max_rows, padding, heads, page, num_sms, seed) -> None:
     """Every step of 0 to 8 rows a request; with less max_rows than a request has, it is cut."""
     step = random_ragged_step(
         requests, by=by, max_rows=max_rows, padding=padding, heads=heads, page=page, device="cuda", seed=seed
     )
-    check(step, num_sms=num_sms, prefetch=prefetch)
+    check(step, num_sms=num_sms)
 
 
 def large_requests(seed: int, batch: int, longest: int, most_rows: int) -> list[list[int]]:
@@ -95,9 +92,8 @@ def large_requests(seed: int, batch: int, longest: int, most_rows: int) -> list[
 
 
 @BY
-@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 4, 5, 6, 7, 8])
-def test_large_steps(max_rows: int, prefetch: bool, by: str) -> None:
+def test_large_steps(max_rows: int, by: str) -> None:
     """More than a tile, a share and a thread of the plan can hide: spare shares, 1100 requests, up to 2,000 tokens."""
     step = random_ragged_step(
         large_requests(max_rows, 1100, 2000, max_rows),
@@ -108,7 +104,7 @@ def test_large_steps(max_rows: int, prefetch: bool, by: str) -> None:
         device="cuda",
     )
     assert step.plan(num_sms=132)[0, 1] > 0
-    check(step, num_sms=132, prefetch=prefetch)
+    check(step, num_sms=132)
 
 
 def test_requests_of_many_rows_are_cut() -> None:
@@ -184,7 +180,7 @@ def test_graph_replay_with_changing_boundaries_and_lengths(by: str, max_rows: in
     assert after[max_rows] == before[max_rows] + 8 and after[1] == before[1] + 8
 
 
-def test_prefetch_changes_no_bit() -> None:
+def test_overlapping_launches_change_no_bit() -> None:
     """Launches that overlap, in a graph, with spare shares counted in one plan."""
     step = random_ragged_step(large_requests(3, 300, 3000, 3), max_rows=3, num_pages=500, device="cuda")
     plan = step.plan(num_sms=40)
@@ -192,12 +188,12 @@ def test_prefetch_changes_no_bit() -> None:
     expected = rows_alone(step).run(clean_logits=True)
     outs = [poisoned(step) for _ in range(4)]
     torch.cuda.synchronize()
-    step.logits(plan, prefetch=True)
+    step.logits(plan)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for out in outs:
-            step.logits(plan, prefetch=True, out=out)
+            step.logits(plan, out=out)
     for _ in range(50):
         graph.replay()
     torch.cuda.synchronize()

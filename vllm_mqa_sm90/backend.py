@@ -238,9 +238,6 @@ def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             schedule_metadata,
             max_context_len=max_model_len,
             clean_logits=options.get("clean_logits", False),
-            # vLLM writes a step's metadata before the model runs, so never right before a layer's logits. Keys may
-            # be: also older ones, where a request hits the prefix that another one computes in the same step.
-            prefetch=True,
         )
 
     return fp8_fp4_paged_mqa_logits

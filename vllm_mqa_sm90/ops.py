@@ -147,7 +147,6 @@ def paged_mqa_logits(
     max_context_len: int,
     max_rows: int | None = None,
     clean_logits: bool = False,
-    prefetch: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of the sparse-attention indexer against a paged FP8 cache.
@@ -184,10 +183,6 @@ def paged_mqa_logits(
             vain where groups have fewer rows. A wider group stops the kernel with an error.
         clean_logits: sets every column at and past its row's length to -inf; else those columns
             are unspecified.
-        prefetch: the caller's word that the kernel before this one on the stream (and any that still
-            runs beside that one) writes none of `plan`, `context_lens` and `block_table`. They are
-            then read while it still runs (programmatic dependent launch). True in a model's layers;
-            not right after `plan`.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
 
     Returns:
@@ -203,7 +198,7 @@ def paged_mqa_logits(
         padded = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         out = torch.empty((context_lens.numel(), padded), dtype=torch.float32, device=context_lens.device)[:, :columns]
     torch.ops.vllm_mqa_sm90.paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, prefetch, out
+        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out
     )
     if clean_logits:
         positions = torch.arange(max_context_len, device=out.device)

@@ -239,7 +239,7 @@ def _ours(step: Step, plan: torch.Tensor) -> Call:
 
     def call(copy: int) -> torch.Tensor:
         return vllm_mqa_sm90.paged_mqa_logits(
-            *inputs, step.block_tables[copy], plan, max_context_len=step.max_context_len, prefetch=True, out=out
+            *inputs, step.block_tables[copy], plan, max_context_len=step.max_context_len, out=out
         )
 
     return call
