@@ -174,13 +174,13 @@ def run_on_cpu(console: Console, num_sms: int = H100_SMS) -> int:
     expected = reference.paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, max_context_len=longest)
 
     plan = vllm_mqa_sm90.plan(context_lens, num_sms=num_sms)
-    visits = torch.empty((int(plan[1:, 2].sum()), 3), dtype=torch.int32)
+    visits = torch.empty((int(plan[1:, 2].sum()), 5), dtype=torch.int32)
     torch.ops.vllm_mqa_sm90.walk(plan, context_lens, visits)
     logits = torch.full((len(context_lens) * next_n, -(-longest // TILE) * TILE), float("nan"))
-    for _, group, tile in visits.tolist():
-        keys, scales = reference.split_pages(kv_cache[block_table[group, tile]].unsqueeze(0))
-        rows = slice(group * next_n, (group + 1) * next_n)
-        scores = torch.relu(torch.einsum("nhd,sd->nhs", q[group].float(), keys))
+    for _, first_row, count, request, tile in visits.tolist():
+        keys, scales = reference.split_pages(kv_cache[block_table[request, tile]].unsqueeze(0))
+        rows = slice(first_row, first_row + count)
+        scores = torch.relu(torch.einsum("nhd,sd->nhs", q.flatten(0, 1)[rows].float(), keys))
         logits[rows, tile * TILE : (tile + 1) * TILE] = torch.einsum("nhs,nh->ns", scores, weights[rows]) * scales
 
     valid = expected.isfinite()
