@@ -408,10 +408,8 @@ void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
     const Share& share = shares[s];
     require(share.first_row >= 0 && share.tile >= 0 && share.num_tiles >= 0, "plan", s,
             "no negative number in any share");
-    for (Walk walk(share); !walk.done();) {
+    for (Walk walk(share, groups); !walk.done();) {
       const Group group = walk.group;
-      require(int64_t{group.first_row} + group.rows <= step.rows, "plan", s, "groups of ", step.rows,
-              " rows, as context_lens has, in every share");
       const Segment segment = walk.next(tiles_of_group(step.context_lens, group), groups.after(group));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
         visits.insert(visits.end(), {s, group.first_row, group.rows, group.request, segment.first_tile + i});

@@ -99,6 +99,8 @@ struct Lengths {
   __device__ __forceinline__ int32_t longest() const { return __reduce_max_sync(~0u, max(of_lane, 0)); }
 };
 
+__device__ __forceinline__ Groups groups_of(const LogitsParams& p) { return {p.group_table, p.rows, p.max_rows}; }
+
 // The group after another: of a ragged step's table entry, lane i has number i % 4.
 struct NextGroup {
   int32_t of_lane;
@@ -111,7 +113,7 @@ struct NextGroup {
     }
   }
   __device__ __forceinline__ Group get(const LogitsParams& p, const Group& group) const {
-    if (p.group_table == nullptr) return Groups{nullptr, p.rows, p.max_rows}.after(group);
+    if (p.group_table == nullptr) return groups_of(p).after(group);
     return {__shfl_sync(~0u, of_lane, 0), __shfl_sync(~0u, of_lane, 1), __shfl_sync(~0u, of_lane, 2),
             __shfl_sync(~0u, of_lane, 3)};
   }
@@ -159,11 +161,12 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
   const int32_t columns = min(static_cast<int64_t>(p.block_table_width) * p.page_size, int64_t{p.max_context_len});
   static_assert(offsetof(PlanHeader, spares) == sizeof(int32_t));
   const int32_t header = p.plan[threadIdx.x % 4];  // read ahead too
+  const Groups groups = groups_of(p);
   hopper::RingPosition<C::kQuerySlots> slot;
 
   for (uint32_t phase = 0; share.num_tiles != kNoShare;
        share = take_spare(p, shared, __shfl_sync(~0u, header, 1), phase)) {
-    Walk walk(share);
+    Walk walk(share, groups);
     Lengths ahead;
     NextGroup following;
     ahead.load(p, walk.group);
@@ -220,6 +223,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
   const int pages_per_tile = kTileTokens / p.page_size;
   const int page_bytes = p.page_size * kHeadDim;
 
+  const Groups groups = groups_of(p);
   hopper::RingPosition<C::kStages> stage;
   Turn<C::kPipes> turn{pipe};
 
@@ -235,7 +239,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
   };
 
   for (uint32_t phase = 0; share.num_tiles != kNoShare; share = receive_spare(shared, phase)) {
-    Walk walk(share);
+    Walk walk(share, groups);
     Lengths lens_ahead;
     NextGroup following;
     lens_ahead.load(p, walk.group);

@@ -160,8 +160,12 @@ struct Walk {
   Group group;
   int32_t tile, remaining;
 
-  MQA_HOST_DEVICE explicit Walk(const Share& share)
-      : group(share.first_group()), tile(share.tile), remaining(share.num_tiles) {}
+  // Nothing, if the plan was made for more rows than the step has, or for another next_n.
+  MQA_HOST_DEVICE Walk(const Share& share, const Groups& groups)
+      : group(share.first_group()), tile(share.tile), remaining(share.num_tiles) {
+    const bool fits = int64_t{group.first_row} + group.rows <= groups.rows;
+    if (!fits || (groups.table == nullptr && group.rows != groups.next_n)) group.rows = 0;
+  }
 
   MQA_HOST_DEVICE bool done() const { return remaining == 0 || group.rows == 0; }
 

@@ -218,6 +218,14 @@ def test_rows_of_one_index_apart_are_groups_of_their_own() -> None:
     assert plan[1].tolist() == [0, 0, 4, 2 + 16 * 3]
 
 
+@pytest.mark.parametrize(("shape", "tiles"), [((4, 3), 64), ((8, 2), 0), ((24, 1), 0), ((2, 8), 0)], ids=str)
+def test_a_plan_of_another_step_leads_nowhere_outside_of_this_one(shape: tuple[int, int], tiles: int) -> None:
+    plan = vllm_mqa_sm90.plan(torch.full((8, 3), 1000, dtype=torch.int32), num_sms=7)
+    visits = torch.full((tiles, 5), -7, dtype=torch.int32)
+    torch.ops.vllm_mqa_sm90.walk(plan, torch.full(shape, 1000, dtype=torch.int32), visits)
+    assert all(first_row + rows <= shape[0] * shape[1] for _, first_row, rows, _, _ in visits.tolist())
+
+
 @pytest.mark.parametrize("bounds", [[0, 9], [-5, 2, 4], [3, 1, 7], [0, 2, 2**31 - 1], [2**31 - 1, -(2**31)]])
 def test_bounds_that_are_wrong_stay_within_the_step(bounds: list[int]) -> None:
     """The plan is of no use, but neither it nor the walk over it may leave the step's rows."""
