@@ -38,6 +38,14 @@ class Step:
     def grouping(self) -> dict[str, torch.Tensor | None]:
         return {"indices": self.indices, "query_start_loc": self.query_start_loc}
 
+    def take(self, other: "Step") -> None:
+        """Copies the values of `other` into this step's tensors; the cache stays, and -1 fills up the block table."""
+        for name in "q", "weights", "context_lens", "indices", "query_start_loc":
+            if (mine := getattr(self, name)) is not None:
+                mine.copy_(getattr(other, name))
+        self.block_table.fill_(-1)
+        self.block_table[:, : other.block_table.shape[1]] = other.block_table
+
     def plan(self, **options) -> torch.Tensor:
         return vllm_mqa_sm90.plan(self.context_lens, **self.grouping(), max_rows=self.max_rows, **options)
 

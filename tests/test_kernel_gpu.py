@@ -100,12 +100,12 @@ def test_nothing_outside_the_rows_tiles_is_written(next_n: int) -> None:
 def test_inputs_are_left_alone() -> None:
     """The plan too, though a launch counts in it the spare shares that it has handed out."""
     step = random_step(rows_of([*EDGES, 8192], 3), device="cuda")
-    plan = vllm_mqa_sm90.plan(step.context_lens, num_sms=3)
+    plan = step.plan(num_sms=3)
     assert plan[0, 1] > 0
     tensors = [t.view(torch.uint8) if t.dtype.itemsize == 1 else t for t in (*step.inputs(), plan)]
     before = [t.clone() for t in tensors]
     for _ in range(3):
-        vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len)
+        step.logits(plan)
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
 
 
@@ -164,8 +164,8 @@ def test_graph_replay_with_changing_lengths(next_n: int) -> None:
     out = poisoned(step)
 
     def run() -> None:
-        vllm_mqa_sm90.plan(step.context_lens, out=plan)
-        vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len, out=out)
+        step.plan(out=plan)
+        step.logits(plan, out=out)
 
     run()
     torch.cuda.synchronize()
@@ -175,13 +175,7 @@ def test_graph_replay_with_changing_lengths(next_n: int) -> None:
     before = vllm_mqa_sm90.launch_counts()
     for high in 1, 64, 65, 500, longest, longest:
         lengths = torch.randint(0, high + 1, (batch,)).tolist()
-        fresh = random_step(rows_of(lengths, next_n), num_pages=500, device="cuda", seed=high)
-        width = fresh.block_table.shape[1]
-        step.q.copy_(fresh.q)
-        step.weights.copy_(fresh.weights)
-        step.context_lens.copy_(fresh.context_lens)
-        step.block_table.fill_(-1)
-        step.block_table[:, :width] = fresh.block_table
+        step.take(random_step(rows_of(lengths, next_n), num_pages=500, device="cuda", seed=high))
         out.fill_(POISON)
         graph.replay()
         assert_accurate(out, step)
@@ -239,14 +233,14 @@ def test_waits_for_what_the_kernel_before_writes(next_n: int, max_rows: int | No
 def test_overlapping_launches_change_no_bit() -> None:
     """Launches that overlap, in a row and in a graph, with spare shares counted in one plan."""
     step = random_step(rows_of([*EDGES, 9000] * 20, 3), num_pages=500, device="cuda")
-    plan = vllm_mqa_sm90.plan(step.context_lens, num_sms=40)
+    plan = step.plan(num_sms=40)
     assert plan[0, 1] > 0
     expected = step.run(clean_logits=True)
     outs = [poisoned(step) for _ in range(4)]
 
     def run() -> None:
         for out in outs:
-            vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len, out=out)
+            step.logits(plan, out=out)
 
     torch.cuda.synchronize()
     run()
@@ -263,11 +257,11 @@ def test_overlapping_launches_change_no_bit() -> None:
 
 def test_a_plan_serves_many_layers() -> None:
     step = random_step(rows_of(EDGES, 3), device="cuda")
-    plan = vllm_mqa_sm90.plan(step.context_lens)
+    plan = step.plan()
     for _ in range(3):
         step.q = torch.randn(step.q.shape, device="cuda").to(torch.float8_e4m3fn)
         out = poisoned(step)
-        vllm_mqa_sm90.paged_mqa_logits(*step.inputs(), plan, max_context_len=step.max_context_len, out=out)
+        step.logits(plan, out=out)
         assert_accurate(out, step)
 
 
