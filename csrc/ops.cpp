@@ -294,6 +294,27 @@ StepRows check_uniform_plan(const Tensor& context_lens, int64_t next_n, const Te
   return step;
 }
 
+// Requests that a query_start_loc is for.
+int32_t check_query_start_loc(const Argument& argument, const Argument& reference) {
+  require_same_device(argument, reference);
+  require_vector(argument);
+  const int64_t requests = argument.tensor.size(0) - 1;
+  require(requests >= 0 && requests < kMaxRequests, argument, shape_of, "shape [R + 1], R from 0 to ",
+          kMaxRequests - 1);
+  return static_cast<int32_t>(requests);
+}
+
+RequestLens check_row_lens(const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& out) {
+  const Argument seq_argument{"seq_lens", seq_lens}, out_argument{"out", out};
+  const int32_t requests = check_query_start_loc({"query_start_loc", query_start_loc}, out_argument);
+  require_same_device(seq_argument, out_argument);
+  require_vector(seq_argument);
+  require(seq_lens.size(0) == requests, seq_argument, shape_of, "shape [", requests, "], as query_start_loc says");
+  require_vector(out_argument);
+  require(out.size(0) < kMaxRequests, out_argument, shape_of, "fewer than ", kMaxRequests, " rows");
+  return {data<int32_t>(seq_lens), data<int32_t>(query_start_loc), requests};
+}
+
 StepRows check_ragged_plan(const Tensor& context_lens, const std::optional<Tensor>& indices,
                            const std::optional<Tensor>& query_start_loc, int64_t max_rows, const Tensor& out) {
   const Argument lens_argument{"context_lens", context_lens};
@@ -308,17 +329,25 @@ StepRows check_ragged_plan(const Tensor& context_lens, const std::optional<Tenso
     require(indices->size(0) == step.rows, argument, shape_of, "shape [", step.rows, "], as context_lens");
     step.indices = data<int32_t>(*indices);
   } else {
-    const Argument argument{"query_start_loc", *query_start_loc};
-    require_same_device(argument, lens_argument);
-    require_vector(argument);
-    const int64_t requests = query_start_loc->size(0) - 1;
-    require(requests >= 0 && requests < kMaxRequests, argument, shape_of, "shape [R + 1], R from 0 to ",
-            kMaxRequests - 1);
+    step.requests = check_query_start_loc({"query_start_loc", *query_start_loc}, lens_argument);
     step.query_start_loc = data<int32_t>(*query_start_loc);
-    step.requests = static_cast<int32_t>(requests);
   }
   check_plan({"out", out}, lens_argument, true);
   return step;
+}
+
+void row_lens_cuda(const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& out) {
+  const RequestLens lens = check_row_lens(seq_lens, query_start_loc, out);
+  const int32_t device = out.get_device_index();
+  require_sm90(device);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(launch_row_lens(lens, data<int32_t>(out), static_cast<int32_t>(out.size(0)), current_stream(device)),
+             "launch of the row lengths' kernel");
+}
+
+void row_lens_cpu(const Tensor& seq_lens, const Tensor& query_start_loc, const Tensor& out) {
+  row_lens_on_host(check_row_lens(seq_lens, query_start_loc, out), data<int32_t>(out),
+                   static_cast<int32_t>(out.size(0)));
 }
 
 void plan_on_device(const StepRows& step, const Tensor& out) {
@@ -425,6 +454,7 @@ void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
 }  // namespace mqa_sm90
 
 STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
+  library.def("row_lens(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out) -> ()");
   library.def("plan(Tensor context_lens, int next_n, Tensor(a!) out) -> ()");
   library.def(
       "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, Tensor(a!) out) -> ()");
@@ -436,12 +466,14 @@ STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CUDA, library) {
+  library.impl("row_lens", TORCH_BOX(&mqa_sm90::row_lens_cuda));
   library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cuda));
   library.impl("plan_ragged", TORCH_BOX(&mqa_sm90::plan_ragged_cuda));
   library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CPU, library) {
+  library.impl("row_lens", TORCH_BOX(&mqa_sm90::row_lens_cpu));
   library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cpu));
   library.impl("plan_ragged", TORCH_BOX(&mqa_sm90::plan_ragged_cpu));
   library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cpu));

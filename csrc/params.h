@@ -32,6 +32,13 @@ struct StepRows {
   int32_t requests;
 };
 
+// Lengths by request, from which those of its rows follow.
+struct RequestLens {
+  const int32_t* seq_lens;         // [requests]: tokens, those of its rows included
+  const int32_t* query_start_loc;  // [requests + 1]: first row of each, and the last one's end
+  int32_t requests;
+};
+
 struct Group;  // schedule.cuh
 
 struct LogitsParams {
@@ -57,7 +64,8 @@ struct LogitsParams {
   int32_t num_ctas;
 };
 
-// Both launch asynchronously on `stream` of the current device and return the launch's status.
+// All launch asynchronously on `stream` of the current device and return the launch's status.
+cudaError_t launch_row_lens(const RequestLens& lens, int32_t* context_lens, int32_t rows, cudaStream_t stream);
 cudaError_t launch_plan(const StepRows& step, int32_t* plan, int32_t num_ctas, cudaStream_t stream);
 cudaError_t launch_logits(const LogitsParams& params, cudaStream_t stream);
 
@@ -65,7 +73,8 @@ cudaError_t launch_logits(const LogitsParams& params, cudaStream_t stream);
 // device, so that replays of a CUDA graph count too. Synchronises with the device.
 cudaError_t read_launch_counts(unsigned long long counts[kMaxGroupRows + 1]);
 
-// The plan on the host, by the same code as the kernel's; for CPU tensors and for tests.
+// The same on the host, by the same code as the kernels'; for CPU tensors and for tests.
+void row_lens_on_host(const RequestLens& lens, int32_t* context_lens, int32_t rows);
 void plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas);
 
 }  // namespace mqa_sm90

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plan: one small launch per step, shared by all layers. See schedule.cuh.
+// What a step needs before its layers: the plan and, if it is ragged, its rows' lengths. A small launch each. See
+// schedule.cuh.
 #include <cub/block/block_scan.cuh>
 #include <cuda/functional>
 
@@ -90,7 +91,31 @@ plan_kernel(const StepRows step, int32_t* plan, Group* table, int32_t num_ctas) 
   }
 }
 
+// Thread i writes the lengths of request i's rows, and row i's where that is padding.
+__global__ void row_lens_kernel(const RequestLens lens, int32_t* context_lens, int32_t rows) {
+  const int32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < lens.requests) enter_row_lens(lens, i, context_lens, rows);
+  if (i < rows && i >= lens.query_start_loc[lens.requests]) context_lens[i] = 0;
+}
+
 }  // namespace
+
+cudaError_t launch_row_lens(const RequestLens& lens, int32_t* context_lens, int32_t rows, cudaStream_t stream) {
+  constexpr int32_t kThreads = 256;
+  const int32_t things = lens.requests > rows ? lens.requests : rows;
+  if (things == 0) return cudaSuccess;
+  cudaLaunchConfig_t config{};
+  config.gridDim = (things + kThreads - 1) / kThreads;
+  config.blockDim = kThreads;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, row_lens_kernel, lens, context_lens, rows);
+}
+
+void row_lens_on_host(const RequestLens& lens, int32_t* context_lens, int32_t rows) {
+  for (int32_t request = 0; request < lens.requests; ++request) enter_row_lens(lens, request, context_lens, rows);
+  const int32_t end = lens.query_start_loc[lens.requests];
+  for (int32_t row = end > 0 ? end : 0; row < rows; ++row) context_lens[row] = 0;
+}
 
 cudaError_t launch_plan(const StepRows& step, int32_t* plan, int32_t num_ctas, cudaStream_t stream) {
   cudaLaunchConfig_t config{};

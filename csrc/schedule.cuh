@@ -101,6 +101,15 @@ MQA_HOST_DEVICE void enter_request(const StepRows& step, int32_t request, Group*
   }
 }
 
+// Writes the lengths of a request's rows, its last tokens: each sees the tokens up to its own.
+MQA_HOST_DEVICE void enter_row_lens(const RequestLens& lens, int32_t request, int32_t* context_lens, int32_t rows) {
+  const int32_t given = lens.query_start_loc[request], end = lens.query_start_loc[request + 1];
+  for (int32_t row = given > 0 ? given : 0; row < end && row < rows; ++row) {
+    const int32_t length = lens.seq_lens[request] - (end - row) + 1;
+    context_lens[row] = length > 0 ? length : 0;
+  }
+}
+
 // Tokens that the longest of some rows sees.
 MQA_HOST_DEVICE int32_t longest_of_rows(const int32_t* lens, int32_t rows) {
   int32_t longest = 0;

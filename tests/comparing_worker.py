@@ -64,7 +64,8 @@ class Extension(WorkerExtension):
 
     def mqa_sm90_comparison(self) -> str:
         """JSON: `ragged`, the batches whose decoding requests had unequal numbers of query tokens; `agreements`, of
-        the rows by `next_n/above` and `next_n/below`: contexts longer than `TOP_K`, and others."""
+        the rows by `next_n/above` and `next_n/below`: contexts longer than `TOP_K`, and others; in place of next_n,
+        "ragged" where the plan is."""
         return json.dumps(_steps | {"agreements": {key: dataclasses.asdict(rows) for key, rows in _agreements.items()}})
 
 
@@ -84,15 +85,16 @@ def comparing(ours: Any) -> Any:
         assert schedule_metadata.shape[1] == ops.plan_shape(1)[1], "this step is not for our kernel"
         arguments = (kv_cache, weights, context_lens, block_tables, schedule_metadata)
         result = ours(q, *arguments, max_model_len=max_model_len, **options)
-        requests, next_n = context_lens.shape
+        next_n = "ragged" if ops.is_ragged(schedule_metadata) else context_lens.shape[1]
         lengths = context_lens.view(-1, 1)
         num_sms = torch.cuda.get_device_properties(kv_cache.device).multi_processor_count
+        requests = requests_of_rows(schedule_metadata, num_sms, context_lens)
         expected = ours.__wrapped__(
-            (q[0].reshape(requests * next_n, 1, *q[0].shape[-2:]), None),
+            (q[0].reshape(len(lengths), 1, *q[0].shape[-2:]), None),
             kv_cache,
             weights,
             lengths,
-            block_tables[:requests].repeat_interleave(next_n, 0),
+            block_tables[requests],
             deep_gemm.get_paged_mqa_logits_metadata(lengths, kv_cache.shape[1], num_sms),
             max_model_len=max_model_len,
             **options,
@@ -104,6 +106,17 @@ def comparing(ours: Any) -> Any:
         return result
 
     return both
+
+
+def requests_of_rows(plan: torch.Tensor, num_sms: int, context_lens: torch.Tensor) -> torch.Tensor:
+    """Row of the block table for each of a step's rows; padding rows have the first."""
+    rows = context_lens.numel()
+    if not ops.is_ragged(plan):
+        return torch.arange(rows, device=plan.device) // context_lens.shape[1]
+    requests = torch.zeros(rows, dtype=torch.int64, device=plan.device)
+    for first, count, request, _ in plan[ops.plan_shape(num_sms)[0] :].tolist():
+        requests[first : first + count] = request
+    return requests
 
 
 def counting_ragged(stock: Any) -> Any:

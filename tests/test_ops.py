@@ -273,6 +273,27 @@ def test_ragged_plan_op_needs_to_be_told_the_groups() -> None:
         torch.ops.vllm_mqa_sm90.plan_ragged(LENS, None, None, 8, out)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "says"),
+    [
+        ("seq_lens", torch.zeros(2, dtype=torch.int64), "seq_lens: expected dtype int32, given dtype int64"),
+        ("seq_lens", torch.zeros(3, dtype=torch.int32), r"seq_lens: expected shape \[2\], .*given shape \[3\]"),
+        ("query_start_loc", torch.zeros(0, dtype=torch.int32), r"query_start_loc: expected shape \[R \+ 1\]"),
+        ("query_start_loc", torch.zeros(6, dtype=torch.int32)[::2], "query_start_loc: expected a contiguous tensor"),
+        ("out", torch.zeros(5, 1, dtype=torch.int32), r"out: expected one dimension, given shape \[5, 1\]"),
+        ("out", torch.zeros(5), "out: expected dtype int32, given dtype float32"),
+    ],
+)
+def test_misuse_of_row_lens_is_named(name: str, wrong: torch.Tensor, says: str) -> None:
+    arguments = {
+        "seq_lens": torch.tensor([5, 6], dtype=torch.int32),
+        "query_start_loc": torch.tensor([0, 2, 3], dtype=torch.int32),
+        "out": torch.zeros(3, dtype=torch.int32),
+    }
+    with pytest.raises(RuntimeError, match="vllm_mqa_sm90: " + says):
+        vllm_mqa_sm90.row_context_lens(**{**arguments, name: wrong})
+
+
 def test_walk_refuses_a_foreign_plan() -> None:
     ops._load()
     lens = torch.full((3, 2), 100, dtype=torch.int32)

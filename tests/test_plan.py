@@ -246,6 +246,47 @@ def test_shapes_of_plans_tell_ragged_from_uniform() -> None:
         assert len(ragged) == 149 and not ragged & uniform
 
 
+@st.composite
+def requests_of_rows(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int]:
+    """(tokens, rows) of each request, fewer tokens than rows too, as padding has; and rows past them."""
+    requests = draw(st.lists(st.tuples(st.integers(0, 2**31 - 1) | st.integers(0, 9), st.integers(0, 9)), max_size=40))
+    return requests, draw(st.integers(0, 30))
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests_of_rows())
+def test_row_lens(drawn: tuple[list[tuple[int, int]], int]) -> None:
+    requests, padding = drawn
+    expected = [max(tokens - rows + 1 + row, 0) for tokens, rows in requests for row in range(rows)] + [0] * padding
+    assert row_lens(requests, padding).tolist() == expected
+
+
+def row_lens(requests: list[tuple[int, int]], padding: int, device: str = "cpu") -> torch.Tensor:
+    tokens, rows = torch.tensor(requests, dtype=torch.int32, device=device).view(-1, 2).unbind(1)
+    starts = torch.nn.functional.pad(rows.cumsum(0), (1, 0)).int()
+    out = torch.full((int(starts[-1]) + padding,), -7, dtype=torch.int32, device=device)
+    assert vllm_mqa_sm90.row_context_lens(tokens.contiguous(), starts, out=out) is out
+    return out
+
+
+@pytest.mark.parametrize("bounds", [[0, 9], [-5, 2, 4], [3, 1, 7], [0, 2, 2**31 - 1], [2**31 - 1, -(2**31)]])
+def test_row_lens_of_wrong_bounds_stay_within_the_step(bounds: list[int]) -> None:
+    storage = torch.full((30,), -7, dtype=torch.int32)
+    lens, starts = torch.full((len(bounds) - 1,), 100, dtype=torch.int32), torch.tensor(bounds, dtype=torch.int32)
+    vllm_mqa_sm90.row_context_lens(lens, starts, out=storage[10:15])
+    assert (storage[:10] == -7).all() and (storage[15:] == -7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [0, 1, 31, 256, 1025])
+def test_device_row_lens_equal_host_row_lens(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tokens, rows = (torch.randint(high, (count,), generator=generator) for high in (200000, 9))
+    requests = list(zip(tokens.tolist(), rows.tolist(), strict=True))
+    for padding in 0, 1, 700:
+        assert torch.equal(row_lens(requests, padding, "cuda").cpu(), row_lens(requests, padding))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("groups", [0, 1, 2, 31, 256, 1023, 1024, 1025, 4096, 5000])

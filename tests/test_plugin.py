@@ -61,6 +61,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts and ends with vLLM as it was installed."""
     monkeypatch.delenv("MQA_SM90", raising=False)
     monkeypatch.setattr(backend, "outcome", dict(backend.outcome))
+    monkeypatch.setattr(backend, "_max_rows", 1)
     backend._builders.clear()
     for name in ("_print_info_once", "_print_warning_once"):
         getattr(vllm.logger, name).cache_clear()
@@ -109,7 +110,7 @@ def test_takes_over_on_hopper(hopper: None, log: Callable[[int], list[str]]) -> 
     assert not log(logging.WARNING)
     (line,) = log(logging.INFO)
     assert f"vLLM {vllm.__version__}" in line
-    assert "natively for next_n 1 to 4 (num_speculative_tokens 0 to 3)" in line
+    assert "natively for next_n 1 to 8 (num_speculative_tokens 0 to 7)" in line
 
     taken = {path: stored(path) for path in REPLACED}
     plugin.register()
@@ -276,6 +277,12 @@ def make_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
     return builder(spec, [layer], config, torch.device("cpu"), **width)
 
 
+def make_stock_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
+    builder = seams.resolve(seams.STOCK_BUILDER)
+    width = {"block_table_width": PAGES} if getattr(builder, "requires_block_table_width", False) else {}
+    return builder(spec, [layer], config, torch.device("cpu"), **width)
+
+
 def make_step(context: list[int], query: list[int]) -> CommonAttentionMetadata:
     """A decode step: per request its tokens, those of this step included, and those of this step."""
     starts = torch.tensor([0, *query]).cumsum(0).to(torch.int32)
@@ -311,7 +318,7 @@ def schedules(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch
     return asked
 
 
-@pytest.mark.parametrize("tokens", range(backend.MAX_ROWS))
+@pytest.mark.parametrize("tokens", range(ops.MAX_NEXT_N))
 def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[str]], tokens: int) -> None:
     config = make_config(tokens)
     builder = make_builder(config, make_spec(), add_cache(config))
@@ -356,22 +363,74 @@ def test_step_shorter_than_next_n_is_native(schedules: list[Any], query: int) ->
     assert decode.schedule_metadata[:, 2].sum() == 4 + 5
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_ragged_step_is_flattened(schedules: list[Any], tokens: int) -> None:
-    """Requests of unequal query lengths: a row each, with the request's table; then native again."""
+def groups_of(plan: torch.Tensor) -> list[list[int]]:
+    """First row, rows and request of each group of a ragged step's plan."""
+    table = plan[ops.plan_shape(NUM_SMS)[0] :]
+    return [group[:3] for group in table.tolist() if group[1]]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_ragged_step_keeps_its_requests(schedules: list[Any], tokens: int) -> None:
+    """Requests of unequal query lengths: their rows follow each other, their block table is as it was."""
     config = make_config(tokens)
     builder = make_builder(config, make_spec(), add_cache(config))
     step = make_step([200, 300, 64], [2, 1, 2])
     decode = builder.build(0, step).decode
     assert decode.seq_lens.tolist() == [[199], [200], [300], [63], [64]]
-    table = step.block_table_tensor
-    assert table.shape[1] > config.model_config.max_model_len // 64  # wider than the buffer that 0.26 makes
-    assert torch.equal(decode.block_table, table[[0, 0, 1, 2, 2]])
     assert decode.decode_lens.tolist() == [1] * 5 and not decode.requires_padding
-    assert torch.equal(decode.schedule_metadata, vllm_mqa_sm90.plan(decode.seq_lens, num_sms=NUM_SMS))
-    uniform = make_step([200, 300], [2, 2])
-    assert builder.build(0, uniform).decode.block_table.data_ptr() == uniform.block_table_tensor.data_ptr()
+    assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
+    assert decode.block_table.shape == (3, PAGES)
+    plan = vllm_mqa_sm90.plan(
+        decode.seq_lens.view(-1), query_start_loc=step.query_start_loc, max_rows=tokens + 1, num_sms=NUM_SMS
+    )
+    assert torch.equal(decode.schedule_metadata, plan)
+    assert groups_of(plan) == [[0, 2, 0], [2, 1, 1], [3, 2, 2]]
+
+    uniform = builder.build(0, make_step([200, 300], [2, 2])).decode
+    assert uniform.seq_lens.tolist() == [[199, 200], [299, 300]]
+    assert torch.equal(uniform.schedule_metadata, vllm_mqa_sm90.plan(uniform.seq_lens, num_sms=NUM_SMS))
+    assert uniform.schedule_metadata.data_ptr() == decode.schedule_metadata.data_ptr()
     assert not schedules
+
+
+def test_prefills_follow_a_ragged_steps_decodes(schedules: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding rows of unequal number are one step, whatever prefills come after them."""
+    monkeypatch.setattr(sys.modules[seams.INDEXER], "build_prefill_chunk_metadata", lambda *_, **__: None)
+    config = make_config(2)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    metadata = builder.build(0, make_step([200, 300, 90], [3, 1, 90]))
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefills) == (2, 4, 1)
+    assert metadata.decode.seq_lens.tolist() == [[198], [199], [200], [300]]
+    assert groups_of(metadata.decode.schedule_metadata) == [[0, 3, 0], [3, 1, 1]]
+
+
+def test_block_table_wider_than_the_longest_context(schedules: list[Any]) -> None:
+    """`max_model_len` just past a page boundary. Before 0.27 vLLM's flattening fails there."""
+    config = make_config(2)
+    config.model_config.max_model_len = 64 * (PAGES - 1)
+    layer = add_cache(config)
+    step = make_step([200, 300], [2, 1])
+    assert make_builder(config, make_spec(), layer).build(0, step).decode.block_table.shape == (2, PAGES)
+    if seams.release() < (0, 27):
+        with pytest.raises(RuntimeError, match=f"expanded size of the tensor .{PAGES - 1}. must match .* .{PAGES}."):
+            make_stock_builder(config, make_spec(), layer).build(0, step)
+
+
+@pytest.mark.parametrize("tokens", [2, 7])
+def test_adaptive_verification_makes_every_step_ragged(schedules: list[Any], tokens: int) -> None:
+    """The host knows query lengths before they are trimmed, and a CUDA graph's padding."""
+    config = make_config(tokens, adaptive=True)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    assert builder.refusal is None
+    assert type(builder).get_cudagraph_support(config, make_spec()) == AttentionCGSupport.ALWAYS
+    step = make_step([200, 300, 64, 0], [3, 3, 3, 0])
+    step.query_start_loc = torch.tensor([0, 3, 4, 6, 6], dtype=torch.int32)
+    decode = builder.build(0, step).decode
+    assert decode.seq_lens.flatten().tolist() == [198, 199, 200, 300, 63, 64, 0, 0, 0]
+    assert groups_of(decode.schedule_metadata) == [[0, 3, 0], [3, 1, 1], [4, 2, 2]]
+    uniform = builder.build(0, make_step([200, 300, 64], [3, 3, 3])).decode
+    assert uniform.schedule_metadata.shape == decode.schedule_metadata.shape
+    assert groups_of(uniform.schedule_metadata) == [[0, 3, 0], [3, 3, 1], [6, 3, 2]]
 
 
 @pytest.mark.parametrize("tokens", [0, 2])
@@ -411,7 +470,9 @@ def test_compressed_cache_of_v4(schedules: list[Any]) -> None:
         assert decode.schedule_metadata[:, 2].sum() == 16 + 1
         ragged = builder.build(0, make_step([4096, 258], [3, 1])).decode
     assert ragged.seq_lens.tolist() == [[4094 // 4], [4095 // 4], [4096 // 4], [64]]
-    assert ragged.schedule_metadata[:, 2].sum() == 16 * 3 + 1
+    shares = ragged.schedule_metadata[: ops.plan_shape(NUM_SMS)[0]]
+    assert shares[:, 2].sum() == 16 + 1
+    assert groups_of(ragged.schedule_metadata) == [[0, 3, 0], [3, 1, 1]]
 
 
 def test_cudagraphs_hold_uniform_batches(schedules: list[Any]) -> None:
@@ -441,8 +502,7 @@ if seams.release() >= (0, 32):
 UNKNOWN_CACHE = "vllm.models.glm5next.common.attention.Glm5NextIndexerCache"
 
 REFUSED = {
-    "four tokens": ("num_speculative_tokens is 4", lambda: make_config(4), make_spec, seams.CACHES[0]),
-    "adaptive": ("enable_adaptive_verification", lambda: make_config(2, adaptive=True), make_spec, seams.CACHES[0]),
+    "eight tokens": ("num_speculative_tokens is 8", lambda: make_config(8), make_spec, seams.CACHES[0]),
     "heads": ("index_n_heads is 24", lambda: make_config(2, heads=24), make_spec, seams.CACHES[0]),
     "no heads": ("index_n_heads is None", lambda: make_config(2, heads=None), make_spec, seams.CACHES[0]),
     "page": ("page holds 128 keys", lambda: make_config(2), lambda: make_spec(block_size=128), seams.CACHES[0]),
@@ -460,8 +520,7 @@ def test_refused_builder_is_vllms(
     layer = add_cache(config, cache)
     builder = make_builder(config, spec(), layer)
     stock = seams.resolve(seams.STOCK_BUILDER)
-    width = {"block_table_width": PAGES} if getattr(stock, "requires_block_table_width", False) else {}
-    expected = stock(spec(), [layer], config, torch.device("cpu"), **width)
+    expected = make_stock_builder(config, spec(), layer)
 
     assert builder.use_flattening == expected.use_flattening is True
     assert builder.scheduler_metadata_buffer.shape == expected.scheduler_metadata_buffer.shape == (NUM_SMS + 1, 2)
@@ -534,8 +593,13 @@ def test_logits_go_by_the_schedule(hopper: None, monkeypatch: pytest.MonkeyPatch
     assert call(*args, plan, max_model_len=4096, **options) == (
         "ours",
         ("q", "kv", "weights", "lengths", "table", plan),
-        {"max_context_len": 4096, "clean_logits": False},
+        {"max_context_len": 4096, "max_rows": None, "clean_logits": False},
     )
+    monkeypatch.setattr(backend, "_max_rows", 3)
+    ragged, lengths = torch.zeros(ops.plan_shape(NUM_SMS, 5), dtype=torch.int32), torch.arange(5).view(5, 1)
+    name, given, limits = call(("q", None), "kv", "weights", lengths, "table", ragged, max_model_len=4096, **options)
+    assert name == "ours" and given[3].tolist() == [0, 1, 2, 3, 4] and given[5] is ragged
+    assert limits == {"max_context_len": 4096, "max_rows": 3, "clean_logits": False}
     schedule = torch.zeros(NUM_SMS + 1, 2)
     assert call(*args, schedule, max_model_len=4096, **options) == ("stock", (*args, schedule, 4096), options)
 
@@ -562,9 +626,9 @@ def test_report_of_a_served_model(schedules: list[Any], monkeypatch: pytest.Monk
 
 
 def test_report_of_a_refused_model(schedules: list[Any]) -> None:
-    config = make_config(4)
+    config = make_config(8)
     kept = make_builder(config, make_spec(), add_cache(config))
     report = backend.report()
     assert report["taken_over"] is False
-    assert report["reason"] == kept.refusal == "num_speculative_tokens is 4; the plugin takes up to 3"
+    assert report["reason"] == kept.refusal == "num_speculative_tokens is 8; the plugin takes up to 7"
     assert report["launches"] == {}

@@ -155,6 +155,7 @@ def test_requests_of_unequal_query_length_meet_in_a_step(servers: dict[str, Serv
     assert [len(tokens), *map(len, answers)] == [100, 8, 8]
     comparison = json.loads(call(server, "mqa_sm90_comparison"))
     assert comparison["ragged"] > before
+    assert comparison["agreements"]["ragged/below"]["rows"] > 0
     assert all(rows["difference"] <= TOLERANCE for rows in comparison["agreements"].values())
 
 
@@ -187,10 +188,18 @@ def test_agreement_notices() -> None:
     assert math.isnan(broken.difference)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("error", [0.0, 0.01])
-def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: float) -> None:
+def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: float, ragged: bool) -> None:
     """Ours and theirs are the reference here; theirs gets a request for each row."""
-    step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [98, 99, 100]])
+    if ragged:
+        step = steps.random_ragged_step([[2200, 2201, 2202], [], [500, 501], [100]], by="query_start_loc", padding=3)
+        step.context_lens[-3:] = 0
+        plan = step.plan(num_sms=132)
+    else:
+        step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [98, 99, 100]])
+        plan = torch.zeros(ops.plan_shape(132), dtype=torch.int32)
+    lens = step.context_lens.view(-1, 1) if ragged else step.context_lens
     schedules = []
 
     def schedule(context_lens: torch.Tensor, page: int, num_sms: int) -> torch.Tensor:
@@ -205,19 +214,22 @@ def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: 
         )
 
     @functools.wraps(stock)
-    def ours(q, *arguments, max_model_len, indices=None):
-        logits = reference.paged_mqa_logits(q[0], *arguments[:-1], max_context_len=max_model_len)
-        return logits * torch.linspace(1, 1 + error, len(logits)).unsqueeze(1)
+    def ours(q, kv_cache, weights, context_lens, *arguments, max_model_len, indices=None):
+        logits = step.reference()
+        logits[lens.flatten().nonzero()[-1]] *= 1 + error
+        return logits
 
     monkeypatch.setattr(deep_gemm, "get_paged_mqa_logits_metadata", schedule)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(comparing_worker, "_agreements", {})
-    arguments = (*step.inputs()[1:], torch.zeros(ops.plan_shape(132), dtype=torch.int32))
-    logits = comparing_worker.comparing(ours)((step.q, None), *arguments, max_model_len=2300, indices=None)
-    assert logits.shape == (9, 2300)
+    arguments = (step.kv_cache, step.weights, lens, step.block_table, plan)
+    limit = step.max_context_len
+    logits = comparing_worker.comparing(ours)((step.q, None), *arguments, max_model_len=limit, indices=None)
+    assert logits.shape == (9, limit)
     found = json.loads(comparing_worker.Extension().mqa_sm90_comparison())["agreements"]
-    assert {key: rows["rows"] for key, rows in found.items()} == {"3/above": 3, "3/below": 3}
-    assert found["3/below"]["difference"] == pytest.approx(error, abs=TOLERANCE)
+    name = "ragged" if ragged else "3"
+    assert {key: rows["rows"] for key, rows in found.items()} == {f"{name}/above": 3, f"{name}/below": 3}
+    assert found[f"{name}/below"]["difference"] == pytest.approx(error, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(("query_lens", "ragged"), [((3, 3), 0), ((3, 1), 1), ((3, 512), 0), ((3, 2, 512), 1), ((3, 0), 0)])

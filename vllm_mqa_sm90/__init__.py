@@ -10,6 +10,7 @@ from vllm_mqa_sm90.ops import (
     paged_mqa_logits,
     plan,
     plan_shape,
+    row_context_lens,
 )
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "paged_mqa_logits",
     "plan",
     "plan_shape",
+    "row_context_lens",
 ]

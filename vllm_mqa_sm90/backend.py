@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's indexer backend with this package's kernel in its decode step.
 
-The builder stays vLLM's own: ours is a subclass that lets batches of up to `MAX_ROWS` query rows
-a request take vLLM's native path, and puts our plan where DeepGEMM's schedule goes. The plan's
-shape then tells the custom op, layer by layer, whose kernel the step is for.
+The builder stays vLLM's own: ours is a subclass that puts our plan where DeepGEMM's schedule goes.
+Steps whose requests bring equally many query rows take vLLM's native path. Others take the one on
+which vLLM makes a request of each row, of which ours keeps the shapes alone: the plan says which
+rows share a request, and so a block table and the keys. The plan's shape then tells the custom op,
+layer by layer, whose kernel the step is for, and whether it is ragged.
 """
 
 import functools
@@ -21,12 +23,11 @@ from vllm_mqa_sm90 import machine, ops, seams
 
 MODES = ("auto", "require", "off")
 
-MAX_ROWS = 4
-"""Most query rows a request for which vLLM's decode steps are taken over; the kernel takes more."""
-
 # The builder (or builder class, where only the configuration is asked for) whose code runs now.
 _building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
 _builders: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# Most query rows of a request in the steps of these builders.
+_max_rows = 1
 
 outcome: dict[str, Any] = {"installed": False, "reason": "vLLM has not called the plugin in this process"}
 """What the plugin did in this process: `installed`, and if not, the `reason`."""
@@ -73,10 +74,8 @@ def refusal(builder: type, vllm_config: Any, kv_cache_spec: Any = None) -> str |
 def _config_refusal(builder: type, vllm_config: Any) -> str | None:
     speculative = vllm_config.speculative_config
     tokens = (speculative.num_speculative_tokens or 0) if speculative else 0
-    if tokens + 1 > MAX_ROWS:
-        return f"num_speculative_tokens is {tokens}; the plugin takes up to {MAX_ROWS - 1}"
-    if getattr(speculative, "enable_adaptive_verification", False):
-        return "enable_adaptive_verification is on: it brings requests of unequal query lengths"
+    if tokens + 1 > ops.MAX_NEXT_N:
+        return f"num_speculative_tokens is {tokens}; the plugin takes up to {ops.MAX_NEXT_N - 1}"
     parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism is on: each rank's cache is a part, for which the kernel is not proven"
@@ -115,7 +114,10 @@ def make_backend() -> type:
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
             # The spec's pages may yet be split for the kernel: the configuration alone decides here.
-            with _as(cls if refusal(cls, vllm_config) is None else None):
+            taken = refusal(cls, vllm_config) is None
+            if taken and _adapts(vllm_config):
+                return seams.resolve(seams.CUDAGRAPH_SUPPORT).ALWAYS
+            with _as(cls if taken else None):
                 return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
         def __init__(
@@ -128,23 +130,25 @@ def make_backend() -> type:
             if self.refusal is not None:
                 _refuse(self.refusal)
                 return
+            global _max_rows
+            next_n = self.num_speculative_tokens + 1
+            _max_rows = max(_max_rows, next_n)
             self.use_flattening = False
-            self.scheduler_metadata_buffer = torch.zeros(
-                ops.plan_shape(self.num_sms), dtype=torch.int32, device=self.device
+            self._always_ragged = _adapts(vllm_config)
+            # For any step: what a step uses is the beginning.
+            self._plan_buffer = torch.zeros(
+                ops.plan_shape(self.num_sms, len(self.decode_seq_lens_buffer)), dtype=torch.int32, device=self.device
             )
             logger().info_once(
-                "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)",
-                self.num_speculative_tokens,
-                self.num_speculative_tokens + 1,
+                "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)", next_n - 1, next_n
             )
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             if self.refusal is None:
                 # vLLM's native path is for uniform steps: of others, all requests after the first ones of equal
-                # length go through the prefill logits, which gather their whole contexts. Flattening reads less.
-                self.use_flattening = self._is_ragged(common_attn_metadata.query_start_loc_cpu)
-                if self.use_flattening:
-                    self._fit_expanded_block_table(common_attn_metadata.block_table_tensor)
+                # length go through the prefill logits, which gather their whole contexts.
+                self.use_flattening = self._always_ragged or self._is_ragged(common_attn_metadata.query_start_loc_cpu)
+                self._query_start_loc = common_attn_metadata.query_start_loc
             with self._turn():
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
@@ -159,22 +163,62 @@ def make_backend() -> type:
                 decodes.pop()
             return len(set(decodes)) > 1
 
-        def _fit_expanded_block_table(self, block_table: torch.Tensor) -> None:
-            """Before 0.29 vLLM's buffer may be a column narrower than its block table, and flattening fails."""
-            rows, columns = self.expanded_block_table_buffer.shape
-            if columns != block_table.shape[1]:
-                self.expanded_block_table_buffer = block_table.new_zeros((rows, block_table.shape[1]))
+        def _prepare_decode_tensors(
+            self,
+            seq_lens: torch.Tensor,
+            block_table: torch.Tensor,
+            decode_lens: torch.Tensor,
+            decode_lens_cpu: torch.Tensor,
+            query_start_loc: torch.Tensor,
+            num_decodes: int,
+            num_decode_tokens: int,
+            use_native: bool,
+            next_n: int,
+            max_decode_len: int,
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, bool]:
+            """Of a ragged step: lengths by row, `[T]`, and the block table by request, as it is.
+
+            All that says which rows are a request's is on the device: a CUDA graph's steps may differ in it.
+            """
+            if self.refusal is not None or use_native:
+                return super()._prepare_decode_tensors(
+                    seq_lens,
+                    block_table,
+                    decode_lens,
+                    decode_lens_cpu,
+                    query_start_loc,
+                    num_decodes,
+                    num_decode_tokens,
+                    use_native,
+                    next_n,
+                    max_decode_len,
+                )
+            self._query_start_loc = self._query_start_loc[: num_decodes + 1]
+            row_lens = self.decode_seq_lens_buffer[:num_decode_tokens]
+            ops.row_context_lens(seq_lens, self._query_start_loc, out=row_lens)
+            one_each = self.decode_lens_buffer[:num_decode_tokens].fill_(1)
+            return row_lens, block_table, one_each, num_decode_tokens, False
 
         def update_draft_decode_metadata(self, metadata: Any) -> None:
             with self._turn():
                 super().update_draft_decode_metadata(metadata)
 
         def plan(self, context_lens: torch.Tensor) -> torch.Tensor:
-            """The step's plan, in vLLM's schedule buffer, so that vLLM's copy into it has nothing to do."""
+            """The plan for lengths `[B, next_n]`, of a ragged step `[T, 1]`.
+
+            It becomes vLLM's schedule buffer, so that vLLM's copy into that has nothing to do.
+            """
+            rows = len(context_lens) if self.use_flattening else None
+            self.scheduler_metadata_buffer = plan = self._plan_buffer[: ops.plan_shape(self.num_sms, rows)[0]]
+            if self.use_flattening:
+                max_rows = self.num_speculative_tokens + 1
+                return ops.plan(
+                    context_lens.view(-1), query_start_loc=self._query_start_loc, max_rows=max_rows, out=plan
+                )
             if clamp_lengths and context_lens.shape[1] > 1:
                 # The top-k kernels after ours read lengths as unsigned.
                 context_lens.clamp_(min=0)
-            return ops.plan(context_lens, num_sms=self.num_sms, out=self.scheduler_metadata_buffer)
+            return ops.plan(context_lens, out=plan)
 
         def _turn(self) -> Any:
             return _as(self if self.refusal is None else None)
@@ -187,6 +231,11 @@ def make_backend() -> type:
             return MqaSm90IndexerMetadataBuilder
 
     return MqaSm90IndexerBackend
+
+
+def _adapts(vllm_config: Any) -> bool:
+    """Whether vLLM trims the requests' query lengths on the device, and captures CUDA graphs for any of them."""
+    return getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
 
 
 def _refuse(reason: str) -> None:
@@ -208,7 +257,7 @@ def _schedule(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def _native_gate(stock: Callable[[int], bool]) -> Callable[[int], bool]:
     @functools.wraps(stock)
     def _supports_native_decode(next_n: int) -> bool:
-        return stock(next_n) if _building.get() is None else next_n <= MAX_ROWS
+        return stock(next_n) if _building.get() is None else next_n <= ops.MAX_NEXT_N
 
     return _supports_native_decode
 
@@ -229,14 +278,16 @@ def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     ) -> torch.Tensor:
         if schedule_metadata.shape[1] != plan_columns:
             return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
+        ragged = ops.is_ragged(schedule_metadata)
         return ops.paged_mqa_logits(
             q[0],
             kv_cache,
             weights,
-            context_lens,
+            context_lens.view(-1) if ragged else context_lens,
             block_tables,
             schedule_metadata,
             max_context_len=max_model_len,
+            max_rows=_max_rows if ragged else None,
             clean_logits=options.get("clean_logits", False),
         )
 

@@ -47,7 +47,7 @@ def _load() -> None:
         )
     torch.ops.load_library(_LIBRARY)
     # The ops only write into `out`: under tracing there is nothing to make.
-    for op in "plan", "plan_ragged", "paged_mqa_logits":
+    for op in "row_lens", "plan", "plan_ragged", "paged_mqa_logits":
         torch.library.register_fake(f"vllm_mqa_sm90::{op}", lambda *_: None)
     _loaded = True
 
@@ -63,6 +63,35 @@ def plan_shape(num_sms: int, rows: int | None = None) -> tuple[int, int]:
     """
     table = 0 if rows is None else rows + (rows % _ROWS_PER_CTA == 0)
     return 1 + num_sms * _ROWS_PER_CTA + table, _PLAN_COLUMNS
+
+
+def is_ragged(plan: torch.Tensor) -> bool:
+    """Whether a plan is that of a ragged step; see `plan_shape`."""
+    return (plan.shape[0] - 1) % _ROWS_PER_CTA != 0
+
+
+def row_context_lens(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """The `context_lens` of a ragged step from its requests' lengths.
+
+    The rows of a request are its last tokens, and each sees the tokens up to its own. On a GPU this is
+    one small launch on the current stream, with no host synchronisation, which CUDA graphs may capture.
+
+    Args:
+        seq_lens: int32 `[R]`, contiguous. Tokens of each request, those of its rows included.
+        query_start_loc: int32 `[R + 1]`, contiguous: the rows of request r are those from
+            `query_start_loc[r]` up to `query_start_loc[r + 1]`. Must not decrease.
+        out: int32 `[T]`, contiguous, on the same device: where to write. Rows from
+            `query_start_loc[R]` on are padding: 0.
+
+    Returns:
+        `out`.
+
+    Raises:
+        RuntimeError: a wrong dtype, device, shape or stride: named.
+    """
+    _load()
+    torch.ops.vllm_mqa_sm90.row_lens(seq_lens, query_start_loc, out)
+    return out
 
 
 def plan(

@@ -50,8 +50,8 @@ def register() -> None:
             "FP8 sm_90a kernel, natively for next_n 1 to %d (num_speculative_tokens 0 to %d)",
             machine.version(),
             seams.vllm_version(),
-            backend.MAX_ROWS,
-            backend.MAX_ROWS - 1,
+            ops.MAX_NEXT_N,
+            ops.MAX_NEXT_N - 1,
         )
     elif mode == "require":
         raise RuntimeError(f"MQA_SM90=require, but vLLM's own decode path stays in place: {reason}")

@@ -32,6 +32,8 @@ LOGITS = f"{OP}:fp8_fp4_paged_mqa_logits"
 # Their owners, subclassed.
 STOCK_BACKEND = f"{INDEXER}:DeepseekV32IndexerBackend"
 STOCK_BUILDER = f"{INDEXER}:DeepseekV32IndexerMetadataBuilder"
+# Read.
+CUDAGRAPH_SUPPORT = "vllm.v1.attention.backend:AttentionCGSupport"
 
 CACHES = (
     "vllm.model_executor.models.deepseek_v2.DeepseekV32IndexerCache",
@@ -127,22 +129,42 @@ SEAMS = (
         uses=(
             "num_sms",
             "scheduler_metadata_buffer",
-            "expanded_block_table_buffer",
+            "decode_seq_lens_buffer",
+            "decode_lens_buffer",
             "use_flattening",
             "num_speculative_tokens",
         ),
     ),
     Seam(
         f"{STOCK_BUILDER}.build",
-        "copies the schedule into its buffer; native steps bring lengths [B, next_n] and no expanded block table",
+        "copies the schedule into its buffer; flattened steps bring lengths [T, 1], native ones [B, next_n]",
         parameters=("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
         uses=(
             "get_paged_mqa_logits_metadata",
             "scheduler_metadata_buffer",
             "use_flattening",
+            "query_start_loc",
             "query_start_loc_cpu",
-            "block_table_tensor",
+            "_prepare_decode_tensors",
         ),
+    ),
+    Seam(
+        f"{STOCK_BUILDER}._prepare_decode_tensors",
+        "expands lengths and block table of flattened steps to rows: ours expands the lengths alone",
+        parameters=(
+            "self",
+            "seq_lens",
+            "block_table",
+            "decode_lens",
+            "decode_lens_cpu",
+            "query_start_loc",
+            "num_decodes",
+            "num_decode_tokens",
+            "use_native",
+            "next_n",
+            "max_decode_len",
+        ),
+        uses=("decode_seq_lens_buffer", "decode_lens_buffer"),
     ),
     Seam(
         f"{STOCK_BUILDER}.build",
@@ -152,9 +174,10 @@ SEAMS = (
     ),
     Seam(
         f"{STOCK_BUILDER}.get_cudagraph_support",
-        "native steps need uniform batches in a CUDA graph, flattened ones (0.29 on) do not",
+        "native steps need uniform batches in a CUDA graph, ragged ones do not",
         parameters=("vllm_config", "kv_cache_spec"),
     ),
+    Seam(f"{CUDAGRAPH_SUPPORT}.ALWAYS", "a CUDA graph holds any batch: where all steps are ragged ones"),
     Seam(
         f"{STOCK_BUILDER}.update_draft_decode_metadata",
         "makes the schedule again between draft steps, inside a CUDA graph",

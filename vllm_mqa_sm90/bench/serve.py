@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_mqa_sm90 import backend, checkpoint, machine
+from vllm_mqa_sm90 import checkpoint, machine
 from vllm_mqa_sm90.bench import output, workloads
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept
 from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, table
@@ -24,7 +24,7 @@ from vllm_mqa_sm90.bench.serve_run import Run
 from vllm_mqa_sm90.bench.workloads import Workload
 
 _DEFAULT_KS = (0, 1, 2)
-_MAX_K = backend.MAX_ROWS - 1
+_MAX_K = 3  # plots have a colour for each
 # Of vllm serve. With another name for the model the client would not find it.
 _OURS = ("--host", "--port", "--served-model-name", "--speculative-config", "--profiler-config")
 _DEFAULT_OUTPUT = Path("bench-serve")
