@@ -54,6 +54,7 @@ struct Config {
 template <int kGroupRows>
 struct SegmentInfo {
   int32_t first_row, first_tile, num_tiles;  // num_tiles 0: the end
+  int32_t first_pipe;                        // that takes the first tile; the others follow in turn
   int32_t lens[kGroupRows];                  // 0 past the group's rows
 };
 
@@ -75,11 +76,10 @@ struct SharedMemory {
 // Deals a CTA's tiles out to the pipes in turn, across segments.
 template <int kPipes>
 struct Turn {
-  int pipe;
   int first = 0;  // the pipe that takes the next segment's first tile
 
-  // Tiles of the next segment that precede this pipe's first one.
-  __device__ __forceinline__ int32_t skip() const { return (pipe - first + kPipes) % kPipes; }
+  // Tiles of the next segment that precede a pipe's first one.
+  __device__ __forceinline__ int32_t skip(int pipe) const { return (pipe - first + kPipes) % kPipes; }
 
   __device__ __forceinline__ void take(int32_t tiles_in_segment) { first = (first + tiles_in_segment) % kPipes; }
 };
@@ -163,6 +163,7 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
   const int32_t header = p.plan[threadIdx.x % 4];  // read ahead too
   const Groups groups = groups_of(p);
   hopper::RingPosition<C::kQuerySlots> slot;
+  Turn<C::kPipes> turn;
 
   for (uint32_t phase = 0; share.num_tiles != kNoShare;
        share = take_spare(p, shared, __shfl_sync(~0u, header, 1), phase)) {
@@ -189,6 +190,7 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
         info.first_row = group.first_row;
         info.first_tile = segment.first_tile;
         info.num_tiles = segment.num_tiles;
+        info.first_pipe = turn.first;
 #pragma unroll
         for (int r = 0; r < C::kGroupRows; ++r) info.lens[r] = lens_of_rows[r];
         hopper::Barrier& full = shared.query_full[slot.stage];
@@ -204,6 +206,7 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
                                        shared.weights[slot.stage], group.rows * C::kHeads * 4);
       }
       __syncwarp();
+      turn.take(segment.num_tiles);
       slot.advance();
     }
   }
@@ -225,7 +228,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
 
   const Groups groups = groups_of(p);
   hopper::RingPosition<C::kStages> stage;
-  Turn<C::kPipes> turn{pipe};
+  Turn<C::kPipes> turn;
 
   // Lane i's page ids, of the pipe's i-th tile from `tile` on: a page of 64 tokens or two of 32.
   struct PageIds { int32_t first, second; };
@@ -244,17 +247,17 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
     NextGroup following;
     lens_ahead.load(p, walk.group);
     following.load(p, walk.group);
-    PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip());
+    PageIds ids_ahead = load_ids(walk.group, walk.tile + turn.skip(pipe));
 
     while (!walk.done()) {
       const Group group = walk.group;
       const int32_t longest = lens_ahead.longest();
       PageIds ids = ids_ahead;
       const Segment segment = walk.next(tiles_of_length(longest), following.get(p, group));
-      int32_t t = turn.skip();
+      int32_t t = turn.skip(pipe);
       turn.take(segment.num_tiles);
       lens_ahead.load(p, walk.group);
-      ids_ahead = load_ids(walk.group, turn.skip());
+      ids_ahead = load_ids(walk.group, turn.skip(pipe));
       following.load(p, walk.group);
       // Pages that hold tokens of this group: nothing past them is named, so nothing past them is read.
       const int32_t num_pages = min(longest / p.page_size + (longest % p.page_size != 0), p.block_table_width);
@@ -300,8 +303,6 @@ struct Consumer {
     hopper::Barrier* empty;
     float k_scale;  // of the token whose logits this thread stores
   };
-  // Of rows: lanes c = 0, 1 store the first one's logits, lanes 2, 3 the second one's.
-  static constexpr int kPairs = (C::kRows + 1) / 2;
 
   const LogitsParams& p;
   SharedMemory<C>& shared;
@@ -314,14 +315,48 @@ struct Consumer {
 
   hopper::RingPosition<C::kStages> stage;  // of the next tile
   bool arrived = false;                    // it is known to have
-  float sums[C::kColumns / 2];             // the accumulators: q . k
-  float2 weights[C::kRows][C::kWeights];
-  float* logits[kPairs];                   // where this thread stores next
-  int32_t left[kPairs];                    // tokens of that row from there on
-  int32_t left_of_warp;                    // likewise, of the longest of these rows and the warp's first token
 
   __device__ Consumer(const LogitsParams& params, SharedMemory<C>& s, int index)
       : p(params), shared(s), pipe(index / C::kConsumersPerPipe), first_row(index % C::kConsumersPerPipe * C::kRows) {}
+
+  __device__ __forceinline__ void run() {
+    hopper::RingPosition<C::kQuerySlots> slot;
+    for (;; slot.advance()) {
+      shared.query_full[slot.stage].wait(slot.phase);
+      const SegmentInfo<C::kGroupRows>& info = shared.segment[slot.stage];
+      if (info.num_tiles == 0) return;
+      const int32_t skip = Turn<C::kPipes>{info.first_pipe}.skip(pipe);
+      const int32_t tiles = (info.num_tiles - skip + C::kPipes - 1) / C::kPipes;
+      score_for<C::kRows>(tiles > 0 ? live_rows(info) : 0, slot.stage, skip, tiles);
+      hopper::arrive_as_warp(shared.query_empty[slot.stage]);
+    }
+  }
+
+  // The first of this consumer's rows, as many as it takes to have all that see a segment's tiles.
+  __device__ __forceinline__ int live_rows(const SegmentInfo<C::kGroupRows>& info) const {
+    int live = 0;
+#pragma unroll
+    for (int r = 0; r < C::kRows; ++r) {
+      if (info.lens[first_row + r] > info.first_tile * kTileTokens) live = r + 1;
+    }
+    return live;
+  }
+
+  // A segment's tiles, from its `skip`-th on, for its live rows, of which there are at most kMost.
+  template <int kMost>
+  __device__ __forceinline__ void score_for(int live, int slot, int32_t skip, int32_t tiles) {
+    if constexpr (kMost == 0) {
+      // The tensor cores are the other consumer's alone.
+      for (; tiles > 0; --tiles) hopper::arrive_as_warp(*load_tile().empty);
+    } else {
+      constexpr int kLess = kMost - 1;
+      if (live > kLess) {
+        Scoring<kMost>(*this, slot).run(slot, skip, tiles);
+      } else {
+        score_for<kLess>(live, slot, skip, tiles);
+      }
+    }
+  }
 
   __device__ __forceinline__ Tile load_tile() {
     if (!arrived) shared.tile_full[pipe][stage.stage].wait(stage.phase);
@@ -332,124 +367,125 @@ struct Consumer {
     return t;
   }
 
-  // Starts a tile on the tensor cores: 64 tokens x kColumns x 128.
-  __device__ __forceinline__ void start(const Tile& t, hopper::Operand queries) {
-    hopper::pin(sums);
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < kHeadDim; k += 32) hopper::wgmma<C::kColumns>(sums, t.keys.at(k), queries.at(k), k > 0);
-    cute::warpgroup_commit_batch();
-    hopper::pin(sums);
-  }
+  // Of one segment, for the consumer's first kRows rows: how the tiles are scored.
+  template <int kRows>
+  struct Scoring {
+    static constexpr int kColumns = hopper::wgmma_columns(C::kHeads * kRows);
+    // Of rows: lanes c = 0, 1 store the first one's logits, lanes 2, 3 the second one's.
+    static constexpr int kPairs = (kRows + 1) / 2;
 
-  // Waits for the sums, frees the tile's stage and adds up this thread's share of each row's heads,
-  // for its two tokens. The order of additions depends on nothing but the head count, here and in
-  // store(), so a row's bits don't depend on its batch.
-  __device__ __forceinline__ void reduce(const Tile& t, float (&partial)[C::kRows][2]) {
-    cute::warpgroup_wait<0>();
-    hopper::pin(sums);
-    hopper::arrive_as_warp(*t.empty);
-#pragma unroll
-    for (int r = 0; r < C::kRows; ++r) {
-      float low[2] = {0, 0}, high[2] = {0, 0};  // tokens i and i + 8, even and odd columns
-#pragma unroll
-      for (int j = 0; j < C::kWeights; ++j) {
-        const float* sum = sums + (r * C::kWeights + j) * 4;
-        const float2 w = weights[r][j];
-        low[0] = fmaf(w.x, fmaxf(sum[0], 0.f), low[0]);
-        low[1] = fmaf(w.y, fmaxf(sum[1], 0.f), low[1]);
-        high[0] = fmaf(w.x, fmaxf(sum[2], 0.f), high[0]);
-        high[1] = fmaf(w.y, fmaxf(sum[3], 0.f), high[1]);
+    Consumer& consumer;
+    const int lane = consumer.lane;
+    const hopper::Operand queries;
+    float sums[kColumns / 2];  // the accumulators: q . k
+    float2 weights[kRows][C::kWeights];
+    float* logits[kPairs];     // where this thread stores next
+    int32_t left[kPairs];      // tokens of that row from there on
+    int32_t left_of_warp;      // likewise, of the longest of these rows and the warp's first token
+
+    __device__ __forceinline__ Scoring(Consumer& c, int slot)
+        : consumer(c), queries(c.shared.query[slot] + c.first_row * C::kQueryBytes) {}
+
+    __device__ __forceinline__ void run(int slot, int32_t skip, int32_t tiles) {
+      Tile t = consumer.load_tile();
+      start(t);
+      prepare(slot, skip);
+      float partial[kRows][2];
+      for (;;) {
+        // Asked while the tensor cores are busy: after the reduction they would wait for the answer.
+        const auto& stage = consumer.stage;
+        consumer.arrived = consumer.shared.tile_full[consumer.pipe][stage.stage].test_wait(stage.phase);
+        reduce(t, partial);
+        if (--tiles == 0) break;
+        const float k_scale = t.k_scale;
+        t = consumer.load_tile();
+        start(t);
+        // The branch keeps the compiler from mixing store() into start(): the tensor cores come first.
+        if (left_of_warp > 0) store(k_scale, partial);
+        left_of_warp -= C::kPipes * kTileTokens;
       }
-      partial[r][0] = low[0] + low[1];
-      partial[r][1] = high[0] + high[1];
-      hopper::pin(partial[r]);
+      store(t.k_scale, partial);
     }
-  }
 
-  // Adds up over the four threads that share the tokens, and stores the logits. In each step of two
-  // lanes each gives away half of what it has and keeps the sums of the rest: tokens, then rows.
-  __device__ __forceinline__ void store(float k_scale, const float (&partial)[C::kRows][2]) {
-    const auto exchange = [this](float first, float second, int bit) {
-      return (lane & bit ? second : first) + __shfl_xor_sync(~0u, lane & bit ? first : second, bit);
-    };
-    float logit[2 * kPairs];
+    // Where to store, up to where, and the weights of this thread's columns.
+    __device__ __forceinline__ void prepare(int slot, int32_t skip) {
+      const SegmentInfo<C::kGroupRows>& info = consumer.shared.segment[slot];
+      const int first_row = consumer.first_row;
+      const int32_t* lens = info.lens + first_row;
+      const int32_t tile_position = (info.first_tile + skip) * kTileTokens, position = tile_position + consumer.token;
 #pragma unroll
-    for (int r = 0; r < 2 * kPairs; ++r) {
-      logit[r] = r < C::kRows ? exchange(partial[r][0], partial[r][1], 1) : logit[r - 1];
-    }
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const int row = 2 * pair + (lane >> 1 & 1);
+        logits[pair] =
+            consumer.p.logits + (info.first_row + first_row + row) * consumer.p.logits_stride + position;
+        left[pair] = row < kRows ? lens[row] - position : 0;
+      }
+      left_of_warp = longest_of_rows(lens, kRows) - tile_position - consumer.warp * 16;
+      const float* weights_of_rows = consumer.shared.weights[slot] + first_row * C::kHeads;
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const float sum = exchange(logit[2 * pair], logit[2 * pair + 1], 2);
-      if (left[pair] > 0) __stcs(logits[pair], sum * k_scale);  // streaming: the L2 gives them up first
-      logits[pair] += C::kPipes * kTileTokens;
-      left[pair] -= C::kPipes * kTileTokens;
-    }
-  }
-
-  __device__ __forceinline__ void run() {
-    hopper::RingPosition<C::kQuerySlots> queries;
-    Turn<C::kPipes> turn{pipe};
-    for (;; queries.advance()) {
-      shared.query_full[queries.stage].wait(queries.phase);
-      const SegmentInfo<C::kGroupRows>& info = shared.segment[queries.stage];
-      const int32_t tiles_in_segment = info.num_tiles;
-      if (tiles_in_segment == 0) return;
-      const int32_t skip = turn.skip();
-      turn.take(tiles_in_segment);
-      int32_t tiles = (tiles_in_segment - skip + C::kPipes - 1) / C::kPipes;
-      if (C::kConsumersPerPipe > 1 && longest(info) <= info.first_tile * kTileTokens) {
-        // Its rows are short or not there: the tensor cores are the other consumer's alone.
-        for (; tiles > 0; --tiles) hopper::arrive_as_warp(*load_tile().empty);
-      } else if (tiles > 0) {
-        const hopper::Operand operand(shared.query[queries.stage] + first_row * C::kQueryBytes);
-        Tile t = load_tile();
-        start(t, operand);
-        prepare(info, (info.first_tile + skip) * kTileTokens, shared.weights[queries.stage]);
-        float partial[C::kRows][2];
-        for (;;) {
-          // Asked while the tensor cores are busy: after the reduction they would wait for the answer.
-          arrived = shared.tile_full[pipe][stage.stage].test_wait(stage.phase);
-          reduce(t, partial);
-          if (--tiles == 0) break;
-          const float k_scale = t.k_scale;
-          t = load_tile();
-          start(t, operand);
-          // The branch keeps the compiler from mixing store() into start(): the tensor cores come first.
-          if (left_of_warp > 0) store(k_scale, partial);
-          left_of_warp -= C::kPipes * kTileTokens;
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int j = 0; j < C::kWeights; ++j) {
+          weights[r][j] = *reinterpret_cast<const float2*>(weights_of_rows + r * C::kHeads + 8 * j + 2 * (lane % 4));
         }
-        store(t.k_scale, partial);
-      }
-      hopper::arrive_as_warp(shared.query_empty[queries.stage]);
-    }
-  }
-
-  // Tokens that the longest of this consumer's rows sees.
-  __device__ __forceinline__ int32_t longest(const SegmentInfo<C::kGroupRows>& info) const {
-    return longest_of_rows(info.lens + first_row, C::kRows);
-  }
-
-  // For a segment: where to store, up to where, and the weights of this thread's columns.
-  __device__ __forceinline__ void prepare(const SegmentInfo<C::kGroupRows>& info, int32_t tile_position,
-                                          const float* weights_of_group) {
-    const int32_t position = tile_position + token;
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const int row = 2 * pair + (lane >> 1 & 1);
-      logits[pair] = p.logits + (info.first_row + first_row + row) * p.logits_stride + position;
-      left[pair] = row < C::kRows ? info.lens[first_row + row] - position : 0;
-    }
-    left_of_warp = longest(info) - tile_position - warp * 16;
-    const float* weights_of_rows = weights_of_group + first_row * C::kHeads;
-#pragma unroll
-    for (int r = 0; r < C::kRows; ++r) {
-#pragma unroll
-      for (int j = 0; j < C::kWeights; ++j) {
-        weights[r][j] = *reinterpret_cast<const float2*>(weights_of_rows + r * C::kHeads + 8 * j + 2 * (lane % 4));
       }
     }
-  }
+
+    // Starts a tile on the tensor cores: 64 tokens x kColumns x 128.
+    __device__ __forceinline__ void start(const Tile& t) {
+      hopper::pin(sums);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < kHeadDim; k += 32) hopper::wgmma<kColumns>(sums, t.keys.at(k), queries.at(k), k > 0);
+      cute::warpgroup_commit_batch();
+      hopper::pin(sums);
+    }
+
+    // Waits for the sums, frees the tile's stage and adds up this thread's share of each row's heads,
+    // for its two tokens. The order of additions depends on nothing but the head count, here and in
+    // store(), so a row's bits don't depend on its batch.
+    __device__ __forceinline__ void reduce(const Tile& t, float (&partial)[kRows][2]) {
+      cute::warpgroup_wait<0>();
+      hopper::pin(sums);
+      hopper::arrive_as_warp(*t.empty);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float low[2] = {0, 0}, high[2] = {0, 0};  // tokens i and i + 8, even and odd columns
+#pragma unroll
+        for (int j = 0; j < C::kWeights; ++j) {
+          const float* sum = sums + (r * C::kWeights + j) * 4;
+          const float2 w = weights[r][j];
+          low[0] = fmaf(w.x, fmaxf(sum[0], 0.f), low[0]);
+          low[1] = fmaf(w.y, fmaxf(sum[1], 0.f), low[1]);
+          high[0] = fmaf(w.x, fmaxf(sum[2], 0.f), high[0]);
+          high[1] = fmaf(w.y, fmaxf(sum[3], 0.f), high[1]);
+        }
+        partial[r][0] = low[0] + low[1];
+        partial[r][1] = high[0] + high[1];
+        hopper::pin(partial[r]);
+      }
+    }
+
+    // Adds up over the four threads that share the tokens, and stores the logits. In each step of two
+    // lanes each gives away half of what it has and keeps the sums of the rest: tokens, then rows.
+    __device__ __forceinline__ void store(float k_scale, const float (&partial)[kRows][2]) {
+      const auto exchange = [this](float first, float second, int bit) {
+        return (lane & bit ? second : first) + __shfl_xor_sync(~0u, lane & bit ? first : second, bit);
+      };
+      float logit[2 * kPairs];
+#pragma unroll
+      for (int r = 0; r < 2 * kPairs; ++r) {
+        logit[r] = r < kRows ? exchange(partial[r][0], partial[r][1], 1) : logit[r - 1];
+      }
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const float sum = exchange(logit[2 * pair], logit[2 * pair + 1], 2);
+        if (left[pair] > 0) __stcs(logits[pair], sum * k_scale);  // streaming: the L2 gives them up first
+        logits[pair] += C::kPipes * kTileTokens;
+        left[pair] -= C::kPipes * kTileTokens;
+      }
+    }
+  };
 };
 
 template <typename C>
