@@ -147,7 +147,7 @@ def test_acceptance_is_the_difference_over_all_engines() -> None:
     ("kernel", "family"),
     [
         ("void mqa_sm90::paged_mqa_logits_kernel<mqa_sm90::Config<64, 3> >(mqa_sm90::Params)", "index logits"),
-        ("mqa_sm90::plan_kernel(int const*, int, int, int, int4*)", "plan"),
+        ("mqa_sm90::(anonymous namespace)::plan_kernel(mqa_sm90::StepRows, int*, mqa_sm90::Group*, int)", "plan"),
         ("void deep_gemm::sm90_fp8_paged_mqa_logits<2u, 64u, 128u>(unsigned int)", "index logits"),
         ("void deep_gemm::smxx_paged_mqa_logits_metadata<32u>(unsigned int)", "plan"),
         ("void vllm::topKPerRowDecode<512, true>(float const*)", "top-k"),

@@ -16,7 +16,7 @@ from typing import Any
 
 # By the first that is found in a kernel's name: metadata before logits, the experts' top-k before the indexer's.
 FAMILIES = {
-    "plan": r"mqa_sm90::plan_kernel|paged_mqa_logits_metadata",
+    "plan": r"mqa_sm90::.*plan_kernel|paged_mqa_logits_metadata",
     "index logits": r"mqa_logits",
     "MoE": r"moe|expert|grouped_topk|topkgating",
     "top-k": r"top_?k",
