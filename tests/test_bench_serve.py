@@ -200,6 +200,36 @@ def test_trace_without_decode_steps_is_refused() -> None:
         trace.profile([step(0), kernel("gemm", 1, 1)])
 
 
+def host(name: str, start: float, duration: float, thread: int = 7, correlation: int | None = None) -> dict[str, object]:
+    args = {} if correlation is None else {"correlation": correlation}
+    category = "user_annotation" if correlation is None else "cuda_driver"
+    return {**kernel(name, start, duration, category), "pid": 1, "tid": thread, "args": args}
+
+
+def test_launches_by_hand() -> None:
+    events = [
+        host("step", 0, 100),
+        {**host("op", 10, 20), "cat": "cpu_op"},
+        host("launch", 10, 2, correlation=1),  # begins with the op
+        host("launch", 29, 3, correlation=2),  # begins in it
+        host("launch", 30, 2, correlation=3),  # as it ends
+        host("outer", 40, 10),
+        host("inner", 40, 4),
+        host("launch", 41, 1, correlation=4),
+        host("launch", 45, 1, correlation=5),
+        host("launch", 45, 1, thread=8, correlation=6),  # nothing is marked there
+        host("launch", 200, 1, correlation=7),
+        *({**kernel(f"kernel {n}", 300, n), "args": {"correlation": n}} for n in range(1, 9)),
+        kernel("mqa_logits", 320, 9),
+    ]
+    spans = ["step", "op"], ["step", "op"], ["step"], ["step", "outer", "inner"], ["step", "outer"], [], [], None, None
+    found = sorted(trace.launches(events[::-1]), key=lambda launch: launch.duration)
+    assert [launch.spans for launch in found] == [each if each is None else tuple(each) for each in spans]
+    assert (found[0].name, found[8].name) == ("kernel 1", "mqa_logits")
+    assert trace.marks(events) == {"step": 1, "outer": 1, "inner": 1}
+    assert trace.by_family(found) == dict.fromkeys((*FAMILIES, "other"), 0) | {"index logits": 9, "other": 36}
+
+
 # Reports.
 
 
