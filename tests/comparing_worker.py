@@ -122,9 +122,14 @@ def requests_of_rows(plan: torch.Tensor, num_sms: int, context_lens: torch.Tenso
 def counting_ragged(stock: Any) -> Any:
     @functools.wraps(stock)
     def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
-        query_lens = common_attn_metadata.query_start_loc_cpu.diff()
-        decoding = query_lens[(query_lens > 0) & (query_lens <= self.num_speculative_tokens + 1)]
-        _steps["ragged"] += len(decoding.unique()) > 1
+        _steps["ragged"] += brings_unequal(self, common_attn_metadata)
         return stock(self, common_prefix_len, common_attn_metadata, *args, **kwargs)
 
     return build
+
+
+def brings_unequal(builder: Any, common_attn_metadata: Any) -> bool:
+    """Whether a step's decoding requests have unequal numbers of query tokens."""
+    query_lens = common_attn_metadata.query_start_loc_cpu.diff()
+    decoding = query_lens[(query_lens > 0) & (query_lens <= builder.num_speculative_tokens + 1)]
+    return len(decoding.unique()) > 1

@@ -147,7 +147,7 @@ def test_acceptance_is_the_difference_over_all_engines() -> None:
     ("kernel", "family"),
     [
         ("void mqa_sm90::paged_mqa_logits_kernel<mqa_sm90::Config<64, 3> >(mqa_sm90::Params)", "index logits"),
-        ("mqa_sm90::plan_kernel(int const*, int, int, int, int4*)", "plan"),
+        ("mqa_sm90::(anonymous namespace)::plan_kernel(mqa_sm90::StepRows, int*, mqa_sm90::Group*, int)", "plan"),
         ("void deep_gemm::sm90_fp8_paged_mqa_logits<2u, 64u, 128u>(unsigned int)", "index logits"),
         ("void deep_gemm::smxx_paged_mqa_logits_metadata<32u>(unsigned int)", "plan"),
         ("void vllm::topKPerRowDecode<512, true>(float const*)", "top-k"),
@@ -198,6 +198,36 @@ def test_profile_by_hand(tmp_path: Path) -> None:
 def test_trace_without_decode_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="expected two steps in a row of which the first is a decode step, found 1 steps"):
         trace.profile([step(0), kernel("gemm", 1, 1)])
+
+
+def host(name: str, start: float, duration: float, thread: int = 7, correlation: int | None = None) -> dict[str, object]:
+    args = {} if correlation is None else {"correlation": correlation}
+    category = "user_annotation" if correlation is None else "cuda_driver"
+    return {**kernel(name, start, duration, category), "pid": 1, "tid": thread, "args": args}
+
+
+def test_launches_by_hand() -> None:
+    events = [
+        host("step", 0, 100),
+        {**host("op", 10, 20), "cat": "cpu_op"},
+        host("launch", 10, 2, correlation=1),  # begins with the op
+        host("launch", 29, 3, correlation=2),  # begins in it
+        host("launch", 30, 2, correlation=3),  # as it ends
+        host("outer", 40, 10),
+        host("inner", 40, 4),
+        host("launch", 41, 1, correlation=4),
+        host("launch", 45, 1, correlation=5),
+        host("launch", 45, 1, thread=8, correlation=6),  # nothing is marked there
+        host("launch", 200, 1, correlation=7),
+        *({**kernel(f"kernel {n}", 300, n), "args": {"correlation": n}} for n in range(1, 9)),
+        kernel("mqa_logits", 320, 9),
+    ]
+    spans = ["step", "op"], ["step", "op"], ["step"], ["step", "outer", "inner"], ["step", "outer"], [], [], None, None
+    found = sorted(trace.launches(events[::-1]), key=lambda launch: launch.duration)
+    assert [launch.spans for launch in found] == [each if each is None else tuple(each) for each in spans]
+    assert (found[0].name, found[8].name) == ("kernel 1", "mqa_logits")
+    assert trace.marks(events) == {"step": 1, "outer": 1, "inner": 1}
+    assert trace.by_family(found) == dict.fromkeys((*FAMILIES, "other"), 0) | {"index logits": 9, "other": 36}
 
 
 # Reports.

@@ -27,7 +27,7 @@ _PROFILE_SECONDS = 3.0  # in which these steps pass
 _TOKENS_BEFORE_PROFILE = 8  # of each request on average; steps that still prefill do not count
 
 
-def profiler_arguments(folder: Path) -> list[str]:
+def profiler_arguments(folder: Path, steps: int = _PROFILED_STEPS) -> list[str]:
     """What lets a server profile some steps on /start_profile, with a trace of each worker in `folder`."""
     config = {
         "profiler": "torch",
@@ -35,7 +35,7 @@ def profiler_arguments(folder: Path) -> list[str]:
         "torch_profiler_with_stack": False,
         "torch_profiler_dump_cuda_time_total": False,
         "ignore_frontend": True,
-        "max_iterations": _PROFILED_STEPS,
+        "max_iterations": steps,
     }
     return ["--profiler-config", json.dumps(config)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU time of decode steps by family of kernels, from a trace of vLLM's PyTorch profiler."""
+"""GPU time of decode steps by family of kernels, and where kernels come from, in a trace of vLLM's PyTorch profiler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +16,7 @@ from typing import Any
 
 # By the first that is found in a kernel's name: metadata before logits, the experts' top-k before the indexer's.
 FAMILIES = {
-    "plan": r"mqa_sm90::plan_kernel|paged_mqa_logits_metadata",
+    "plan": r"mqa_sm90::.*plan_kernel|paged_mqa_logits_metadata",
     "index logits": r"mqa_logits",
     "MoE": r"moe|expert|grouped_topk|topkgating",
     "top-k": r"top_?k",
@@ -24,6 +24,9 @@ FAMILIES = {
     "GEMM": r"gemm|nvjet|cublas|cutlass|splitk",
 }
 OTHER = "other"
+_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+_CALLS = ("cuda_runtime", "cuda_driver")
+_SPANS = ("cpu_op", "user_annotation")
 _STEP = re.compile(r"execute_context_(\d+)\(")
 _LISTED = 8
 
@@ -61,11 +64,16 @@ def family(kernel: str) -> str:
     return next((name for name, pattern in FAMILIES.items() if re.search(pattern, kernel, re.IGNORECASE)), OTHER)
 
 
-def read(path: Path) -> Profile:
-    """The profile in a trace file, gzipped or not. ValueError if it has no two decode steps in a row."""
+def events_of(path: Path) -> list[dict[str, Any]]:
+    """The events in a trace file, gzipped or not."""
     opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
     with opened as file:
-        return profile(json.load(file)["traceEvents"])
+        return json.load(file)["traceEvents"]
+
+
+def read(path: Path) -> Profile:
+    """The profile in a trace file, gzipped or not. ValueError if it has no two decode steps in a row."""
+    return profile(events_of(path))
 
 
 def profile(events: Iterable[dict[str, Any]]) -> Profile:
@@ -80,7 +88,7 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
         category = event.get("cat")
         if category == "gpu_user_annotation" and (step := _STEP.match(event["name"])):
             marks.append((event["ts"], step[1] == "0"))
-        elif category in ("kernel", "gpu_memcpy", "gpu_memset"):
+        elif category in _ON_GPU:
             kernels.append((event["ts"], event["dur"], event["name"]))
     marks.sort()
     kernels.sort()
@@ -112,3 +120,66 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
         families=families,
         others=dict(others.most_common(_LISTED)),
     )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, or a copy, that the GPU ran.
+
+    Attributes:
+        name: of the kernel.
+        duration: microseconds.
+        spans: the ops and marks (`record_function`) that the host was in when it launched the kernel, or the CUDA
+            graph with it, outermost first; None where the trace does not have the launch.
+    """
+
+    name: str
+    duration: float
+    spans: tuple[str, ...] | None
+
+
+def launches(events: Iterable[dict[str, Any]]) -> list[Launch]:
+    """All that the GPU ran, and where it came from.
+
+    A kernel's name may not tell: Triton names it after its Python function alone, and vLLM 0.33 has more than a
+    hundred that are called "kernel".
+    """
+    on_host: dict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
+    on_gpu = []
+    for event in events:
+        category = event.get("cat")
+        if category in _ON_GPU:
+            on_gpu.append(event)
+        elif category in _CALLS or category in _SPANS:
+            on_host[event["pid"], event["tid"]].append(event)
+    origins: dict[Any, tuple[str, ...]] = {}
+    for thread in on_host.values():
+        # Of those that begin at the same time the longer one is around the other, and a call is in all of them.
+        thread.sort(key=lambda event: (event["ts"], event["cat"] in _CALLS, -event["dur"]))
+        around: list[dict[str, Any]] = []
+        for event in thread:
+            while around and around[-1]["ts"] + around[-1]["dur"] <= event["ts"]:
+                around.pop()
+            if event["cat"] in _SPANS:
+                around.append(event)
+            elif (correlation := _correlation(event)) is not None:
+                origins[correlation] = tuple(span["name"] for span in around)
+    return [Launch(event["name"], event["dur"], origins.get(_correlation(event))) for event in on_gpu]
+
+
+def _correlation(event: dict[str, Any]) -> int | None:
+    """What a launch and all that it made the GPU run have in common."""
+    return event.get("args", {}).get("correlation")
+
+
+def by_family(ran: Iterable[Launch]) -> dict[str, float]:
+    """Microseconds by family of kernels. Kernels may overlap."""
+    found = dict.fromkeys((*FAMILIES, OTHER), 0.0)
+    for launch in ran:
+        found[family(launch.name)] += launch.duration
+    return found
+
+
+def marks(events: Iterable[dict[str, Any]]) -> Counter[str]:
+    """How often the host set each mark (`record_function`), by name."""
+    return Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
