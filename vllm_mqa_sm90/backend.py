@@ -182,16 +182,16 @@ def make_backend() -> type:
             """
             if self.refusal is not None or use_native:
                 return super()._prepare_decode_tensors(
-                    seq_lens,
-                    block_table,
-                    decode_lens,
-                    decode_lens_cpu,
-                    query_start_loc,
-                    num_decodes,
-                    num_decode_tokens,
-                    use_native,
-                    next_n,
-                    max_decode_len,
+                    seq_lens=seq_lens,
+                    block_table=block_table,
+                    decode_lens=decode_lens,
+                    decode_lens_cpu=decode_lens_cpu,
+                    query_start_loc=query_start_loc,
+                    num_decodes=num_decodes,
+                    num_decode_tokens=num_decode_tokens,
+                    use_native=use_native,
+                    next_n=next_n,
+                    max_decode_len=max_decode_len,
                 )
             self._query_start_loc = self._query_start_loc[: num_decodes + 1]
             row_lens = self.decode_seq_lens_buffer[:num_decode_tokens]
