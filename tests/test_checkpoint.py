@@ -13,21 +13,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from vllm_mqa_sm90 import checkpoint, cli
+from vllm_mqa_sm90 import checkpoint, cli, seams
 from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor, has_indexer
 from vllm_mqa_sm90.checkpoint import fill, make_checkpoint
 
 # The same structure with a thousandth of the numbers.
 SMALL = {
-    "hidden_size": 512, "intermediate_size": 256, "moe_intermediate_size": 64, "q_lora_rank": 128, "kv_lora_rank": 128,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 16, "n_routed_experts": 16,
+    "hidden_size": 512, "moe_intermediate_size": 64, "q_lora_rank": 128, "num_attention_heads": 4, "index_n_heads": 16,
+    "n_routed_experts": 16,
 }  # fmt: skip
+SMALL_OF = {
+    "v32": {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4},
+    "glm": {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4},
+    "v4": {**SMALL, "o_lora_rank": 128},
+}
 
 
 def make_small(directory: Path, arch: str, layers: int) -> Path:
     architecture = ARCHITECTURES[arch]
-    shrunken = replace(architecture, config=lambda *sizes: {**architecture.config(*sizes), **SMALL})
+    shrunken = replace(architecture, config=lambda *sizes: {**architecture.config(*sizes), **SMALL_OF[arch]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, arch, shrunken)
         make_checkpoint(directory, arch, layers, experts=16)
@@ -58,6 +64,8 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
         ("v32", 1, "DeepseekV32ForCausalLM", "deepseek_v32"),
         ("v32", 4, "DeepseekV32ForCausalLM", "deepseek_v32"),
         ("glm", 4, "GlmMoeDsaForCausalLM", "auto"),
+        ("v4", 1, "DeepseekV4ForCausalLM", "deepseek_v4"),
+        ("v4", 4, "DeepseekV4ForCausalLM", "deepseek_v4"),
     ],
 )
 def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
@@ -104,6 +112,26 @@ def test_shapes_are_those_of_one_rank_of_eight() -> None:
     assert shapes["lm_head.weight"] == (154880 // 8, 6144)
     assert "model.layers.4.eh_proj.weight" in shapes
 
+    shapes = shapes_of("v4", layers=4)
+    # DeepSeek-V4-Flash has 64 heads of 512 in 8 groups, and an indexer of 64 heads.
+    assert shapes["layers.2.attn.wq_b.weight"] == (64 // 8 * 512, 1024)
+    assert shapes["layers.2.attn.wo_a.weight"] == (8 // 8 * 1024, 64 * 512 // 8)
+    assert shapes["layers.2.attn.indexer.wq_b.weight"] == (64 * 128, 1024)
+    assert shapes["layers.2.attn.indexer.wq_b.scale"] == (64, 8)
+    assert shapes["layers.2.ffn.experts.31.w2.weight"] == (4096, 2048 // 8)
+    assert shapes["head.weight"] == (129280 // 8, 4096)
+    assert "layers.0.ffn.gate.tid2eid" in shapes and "layers.1.ffn.gate.bias" in shapes
+    assert "mtp.0.h_proj.weight" in shapes
+
+
+def test_layers_of_v4_compress_in_turn() -> None:
+    shapes = shapes_of("v4", layers=4)
+    assert {name.split(".")[1] for name in shapes if "indexer" in name} == {"0", "2"}
+    ape = {name: shape for name, shape in shapes.items() if name.endswith(".attn.compressor.ape")}
+    assert ape == {
+        f"layers.{layer}.attn.compressor.ape": shape for layer, shape in enumerate([(4, 1024), (128, 512)] * 2)
+    }
+
 
 def test_layers_of_glm_share_indexers_as_released() -> None:
     config = ARCHITECTURES["glm"].config(12, 16)
@@ -138,6 +166,22 @@ def test_values_follow_name_and_seed() -> None:
     assert (torch.randn(500, 1000) @ values.float().T).std().item() == pytest.approx(2.0, rel=0.02)
 
 
+def test_fp8_weights_use_their_range_and_scales_undo_it() -> None:
+    by_name = {t.name: t for shard in ARCHITECTURES["v4"].shards(ARCHITECTURES["v4"].config(1, 16)) for t in shard}
+    weight, scale = (fill(by_name[f"layers.0.ffn.experts.3.w2.{part}"], 0) for part in ("weight", "scale"))
+    assert weight.dtype == torch.float8_e4m3fn and weight.float().isfinite().all()
+    assert 1 < weight.float().abs().max() < 448
+    (factor,) = set(scale.flatten().tolist())
+    torch.manual_seed(0)
+    assert (torch.randn(500, 256) @ weight.float().T * factor).std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_hashed_tokens_have_different_experts() -> None:
+    table = fill(Tensor("tid2eid", (1000, 6), dtype=torch.int64, below=16), 0)
+    assert table.dtype == torch.int64 and table.min() == 0 and table.max() == 15
+    assert all(len(set(row)) == 6 for row in table.tolist())
+
+
 def v32_model(directory: Path) -> torch.nn.Module:
     """The target as Transformers' DeepSeek-V3 computes it: without the indexer, the same below 2048 tokens."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -153,7 +197,28 @@ def glm_model(directory: Path) -> torch.nn.Module:
     return GlmMoeDsaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("arch, load", [("v32", v32_model), ("glm", glm_model)])
+def v4_model(directory: Path) -> torch.nn.Module:
+    """The target from BF16 weights: Transformers' FP8 needs a GPU."""
+    from transformers import DeepseekV4ForCausalLM
+
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    weights = tensors_of(directory)
+    for name in [name for name in weights if name.endswith(".scale")]:
+        scales = weights.pop(name).repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+        stored = weights[name.replace(".scale", ".weight")]
+        rows, columns = stored.shape
+        weights[name.replace(".scale", ".weight")] = (stored.float() * scales[:rows, :columns]).bfloat16()
+    unquantized = directory.with_name("unquantized")
+    unquantized.mkdir()
+    save_file(weights, unquantized / "model.safetensors", metadata={"format": "pt"})
+    (unquantized / "config.json").write_text(json.dumps(config))
+    model, report = DeepseekV4ForCausalLM.from_pretrained(unquantized, dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    return model
+
+
+@pytest.mark.parametrize("arch, load", [("v32", v32_model), ("glm", glm_model), ("v4", v4_model)])
 def test_logits_are_finite_and_follow_the_context(tmp_path: Path, arch: str, load) -> None:
     """The target as Transformers computes it."""
     model = load(make_small(tmp_path / "model", arch, layers=4))
@@ -206,17 +271,17 @@ def test_tokenizer_has_a_text_for_each_row_of_the_head(tokenizer) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
 
 
-def test_chat_template_and_vllms_own_encoding_agree(small: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v32:DeepseekV32Tokenizer", "deepseek_v4:DeepseekV4Tokenizer"])
+def test_chat_template_and_vllms_own_encoding_agree(small: Path, name: str) -> None:
     from transformers import AutoTokenizer
-    from vllm.tokenizers.deepseek_v32 import DeepseekV32Tokenizer
 
     messages = [{"role": "user", "content": "Hi"}]
     expected = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>"
     template = AutoTokenizer.from_pretrained(small)
     assert template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-    vllm = DeepseekV32Tokenizer.from_pretrained(small)
-    assert vllm.apply_chat_template(messages, tokenize=False) == expected
-    ids = vllm.apply_chat_template(messages)
+    vllm = seams.resolve(f"vllm.tokenizers.{name}").from_pretrained(small)
+    assert vllm.apply_chat_template(messages, tokenize=False, thinking=False) == expected
+    ids = vllm.apply_chat_template(messages, thinking=False)
     # The markers are one token each, and text comes back from ids as sent.
     assert [ids[0], ids[1], *ids[-2:]] == [0, 3, 4, 6]
     assert vllm.decode(ids) == expected
@@ -240,5 +305,5 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys, arguments: list[st
 
 
 def test_unknown_architecture_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="arch: expected one of v32, glm, got 'v9'"):
+    with pytest.raises(ValueError, match="arch: expected one of v32, glm, v4, got 'v9'"):
         make_checkpoint(tmp_path / "model", arch="v9")

@@ -22,6 +22,7 @@ from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor
 
 INDEX = "model.safetensors.index.json"
 RANDOM = "random"
+HEADS = ("lm_head.weight", "head.weight")
 # Shares of draft tokens that real models' MTP layers get accepted on short prompts, by position; on code completion
 # 0.953, 0.834. For vLLM's synthetic acceptance: the drafts of random weights mean nothing.
 ACCEPTANCE_RATES = [0.813, 0.63]
@@ -46,16 +47,21 @@ CHAT_TEMPLATE = (
 def fill(tensor: Tensor, seed: int) -> torch.Tensor:
     """The values of `tensor`: a function of its name and `seed` alone, whatever is drawn beside it."""
     if tensor.gain is None:
-        return torch.ones(tensor.shape, dtype=tensor.dtype)
+        return torch.full(tensor.shape, tensor.constant, dtype=tensor.dtype)
     name = tensor.alike or tensor.name
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    if tensor.below is not None:
+        rows, columns = tensor.shape
+        return torch.rand(rows, tensor.below, generator=generator).topk(columns).indices.to(tensor.dtype)
     # Uniform: four times as fast to draw as normal, and no heavier in the products.
     bound = tensor.gain * (3.0 / tensor.shape[-1]) ** 0.5
-    values = torch.empty(tensor.shape, dtype=tensor.dtype).uniform_(-bound, bound, generator=generator)
-    if name == "lm_head.weight":
+    # FP8 cannot be drawn.
+    dtype = torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
+    values = torch.empty(tensor.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+    if name in HEADS:
         # Tokens of unequal weight keep the best two logits further apart than bf16 rounds.
-        values *= torch.empty(tensor.shape[0], 1).normal_(0, 0.7, generator=generator).exp().to(tensor.dtype)
-    return values
+        values *= torch.empty(tensor.shape[0], 1).normal_(0, 0.7, generator=generator).exp().to(dtype)
+    return values.to(tensor.dtype)
 
 
 def make_tokenizer(vocab_size: int) -> Any:
