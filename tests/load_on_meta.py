@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds vLLM's own model classes for a checkpoint on the meta device, as if on an H100, and loads its tensors.
 
-`load_on_meta.py DIR` prints a JSON line: architecture, tokenizer mode, and for target and draft the parameters that
+`load_on_meta.py DIR ARCH` prints a JSON line: architecture, tokenizer mode, and for target and draft the parameters that
 no tensor filled. A tensor that no parameter wants fails the load. DIR needs config and tokenizer, no weights.
 """
 
@@ -17,7 +17,7 @@ import vllm.platforms
 from vllm.platforms.cuda import NonNvmlCudaPlatform
 from vllm.platforms.interface import DeviceCapability
 
-from vllm_mqa_sm90 import checkpoint
+from vllm_mqa_sm90.architectures import ARCHITECTURES
 from vllm_mqa_sm90.checkpoint import ACCEPTANCE_RATES
 from vllm_mqa_sm90.demo import SPECULATIVE_TOKENS
 from vllm_mqa_sm90.server import speculative_config
@@ -51,7 +51,7 @@ class Stream:
     """Stands for the stream of the shared experts."""
 
 
-def main(directory: str) -> None:
+def main(directory: str, arch: str) -> None:
     vllm.platforms._current_platform = platform = Hopper()
     torch.cuda.Stream = Stream
     from vllm.config import set_current_vllm_config
@@ -67,7 +67,7 @@ def main(directory: str) -> None:
         initialize_model_parallel(1, 1)
 
     on_disk = json.loads(Path(directory, "config.json").read_text())
-    tensors = [tensor for shard in checkpoint.ARCHITECTURES["v32"].shards(on_disk) for tensor in shard]
+    tensors = [tensor for shard in ARCHITECTURES[arch].shards(on_disk) for tensor in shard]
     platform.device_type = "meta"
     torch.set_default_dtype(torch.bfloat16)
     unfilled = {}
@@ -81,4 +81,4 @@ def main(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -751,7 +751,7 @@ def test_other_checkpoints_are_not_taken_for_made_ones(tmp_path: Path) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config and tokenizer of a checkpoint, without weights."""
     folder = tmp_path_factory.mktemp("model")
-    config = checkpoint.v32_config(2, experts=16)
+    config = checkpoint.ARCHITECTURES["v32"].config(2, 16)
     (folder / "config.json").write_text(json.dumps(config))
     checkpoint.make_tokenizer(config["vocab_size"]).save_pretrained(folder)
     return folder

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,26 +13,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from vllm_mqa_sm90 import checkpoint, cli
-from vllm_mqa_sm90.checkpoint import Architecture, Tensor, fill, make_checkpoint
+from vllm_mqa_sm90 import checkpoint, cli, seams
+from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor, has_indexer
+from vllm_mqa_sm90.checkpoint import fill, make_checkpoint
 
 # The same structure with a thousandth of the numbers.
 SMALL = {
-    "hidden_size": 512, "intermediate_size": 256, "moe_intermediate_size": 64, "q_lora_rank": 128, "kv_lora_rank": 128,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "index_n_heads": 16, "n_routed_experts": 16,
+    "hidden_size": 512, "moe_intermediate_size": 64, "q_lora_rank": 128, "num_attention_heads": 4, "index_n_heads": 16,
+    "n_routed_experts": 16,
 }  # fmt: skip
+SMALL_OF = {
+    "v32": {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4},
+    "glm": {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4},
+    "v4": {**SMALL, "o_lora_rank": 128},
+}
+
+
+def make_small(directory: Path, arch: str, layers: int) -> Path:
+    architecture = ARCHITECTURES[arch]
+    shrunken = replace(architecture, config=lambda *sizes: {**architecture.config(*sizes), **SMALL_OF[arch]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, arch, shrunken)
+        make_checkpoint(directory, arch, layers, experts=16)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("small") / "model"
-    architecture = checkpoint.ARCHITECTURES["v32"]
-    shrunken = Architecture(lambda layers, experts: {**architecture.config(layers, experts), **SMALL}, architecture.shards)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(checkpoint.ARCHITECTURES, "v32", shrunken)
-        make_checkpoint(directory, layers=3, experts=16)
-    return directory
+    return make_small(tmp_path_factory.mktemp("small") / "model", "v32", layers=3)
+
+
+def shapes_of(arch: str, layers: int) -> dict[str, tuple[int, ...]]:
+    architecture = ARCHITECTURES[arch]
+    return {t.name: t.shape for shard in architecture.shards(architecture.config(layers, 32)) for t in shard}
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -42,20 +58,29 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize(
+    "arch, layers, architecture, tokenizer_mode",
+    [
+        ("v32", 1, "DeepseekV32ForCausalLM", "deepseek_v32"),
+        ("v32", 4, "DeepseekV32ForCausalLM", "deepseek_v32"),
+        ("glm", 4, "GlmMoeDsaForCausalLM", "auto"),
+        ("v4", 1, "DeepseekV4ForCausalLM", "deepseek_v4"),
+        ("v4", 4, "DeepseekV4ForCausalLM", "deepseek_v4"),
+    ],
+)
 def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
-    tmp_path: Path, driver_path: str, layers: int
+    tmp_path: Path, driver_path: str, arch: str, layers: int, architecture: str, tokenizer_mode: str
 ) -> None:
-    config = checkpoint.v32_config(layers, experts=32)
+    config = ARCHITECTURES[arch].config(layers, 32)
     (tmp_path / "config.json").write_text(json.dumps(config))
     checkpoint.make_tokenizer(config["vocab_size"]).save_pretrained(tmp_path)
     script = Path(__file__).with_name("load_on_meta.py")
     env = {**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"}
-    done = subprocess.run([sys.executable, script, tmp_path], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, tmp_path, arch], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        "architecture": "DeepseekV32ForCausalLM",
-        "tokenizer_mode": "deepseek_v32",
+        "architecture": architecture,
+        "tokenizer_mode": tokenizer_mode,
         "unfilled": {"target": [], "draft": []},
     }
 
@@ -65,7 +90,7 @@ def test_random_weights_are_known_as_such(small: Path) -> None:
 
 
 def test_shapes_are_those_of_one_rank_of_eight() -> None:
-    shapes = {t.name: t.shape for shard in checkpoint.v32_shards(checkpoint.v32_config(4, 32)) for t in shard}
+    shapes = shapes_of("v32", layers=4)
     attention = "model.layers.2.self_attn."
     # DeepSeek-V3.2 has 128 heads of 128 + 64 and an MLP width of 2048, which TP divides; the indexer it replicates.
     assert shapes[attention + "q_b_proj.weight"] == (128 // 8 * (128 + 64), 1536)
@@ -78,13 +103,50 @@ def test_shapes_are_those_of_one_rank_of_eight() -> None:
     assert "model.layers.0.mlp.gate_proj.weight" in shapes and "model.layers.1.mlp.gate.weight" in shapes
     assert "model.layers.4.eh_proj.weight" in shapes
 
+    shapes = shapes_of("glm", layers=4)
+    # GLM-5.2 has 64 heads of 192 + 64 and 256, and an indexer of 32 heads.
+    assert shapes[attention + "q_b_proj.weight"] == (64 // 8 * (192 + 64), 2048)
+    assert shapes[attention + "o_proj.weight"] == (6144, 64 // 8 * 256)
+    assert shapes[attention + "indexer.wq_b.weight"] == (32 * 128, 2048)
+    assert shapes["model.layers.2.mlp.experts.31.down_proj.weight"] == (6144, 2048 // 8)
+    assert shapes["lm_head.weight"] == (154880 // 8, 6144)
+    assert "model.layers.4.eh_proj.weight" in shapes
+
+    shapes = shapes_of("v4", layers=4)
+    # DeepSeek-V4-Flash has 64 heads of 512 in 8 groups, and an indexer of 64 heads.
+    assert shapes["layers.2.attn.wq_b.weight"] == (64 // 8 * 512, 1024)
+    assert shapes["layers.2.attn.wo_a.weight"] == (8 // 8 * 1024, 64 * 512 // 8)
+    assert shapes["layers.2.attn.indexer.wq_b.weight"] == (64 * 128, 1024)
+    assert shapes["layers.2.attn.indexer.wq_b.scale"] == (64, 8)
+    assert shapes["layers.2.ffn.experts.31.w2.weight"] == (4096, 2048 // 8)
+    assert shapes["head.weight"] == (129280 // 8, 4096)
+    assert "layers.0.ffn.gate.tid2eid" in shapes and "layers.1.ffn.gate.bias" in shapes
+    assert "mtp.0.h_proj.weight" in shapes
+
+
+def test_layers_of_v4_compress_in_turn() -> None:
+    shapes = shapes_of("v4", layers=4)
+    assert {name.split(".")[1] for name in shapes if "indexer" in name} == {"0", "2"}
+    ape = {name: shape for name, shape in shapes.items() if name.endswith(".attn.compressor.ape")}
+    assert ape == {
+        f"layers.{layer}.attn.compressor.ape": shape for layer, shape in enumerate([(4, 1024), (128, 512)] * 2)
+    }
+
+
+def test_layers_of_glm_share_indexers_as_released() -> None:
+    config = ARCHITECTURES["glm"].config(12, 16)
+    # The first three layers, then one of four; the MTP layer has its own.
+    assert [layer for layer in range(13) if has_indexer(config, layer)] == [0, 1, 2, 6, 10, 12]
+    with_indexer = {name.split(".")[2] for name in shapes_of("glm", layers=12) if "indexer" in name}
+    assert with_indexer == {"0", "1", "2", "6", "10", "12"}
+
 
 def test_files_hold_what_the_index_says(small: Path) -> None:
     index = json.loads((small / "model.safetensors.index.json").read_text())
     config = json.loads((small / "config.json").read_text())
     found = tensors_of(small)
     assert found.keys() == index["weight_map"].keys()
-    for tensor in (tensor for shard in checkpoint.v32_shards(config) for tensor in shard):
+    for tensor in (tensor for shard in ARCHITECTURES["v32"].shards(config) for tensor in shard):
         with safe_open(small / index["weight_map"][tensor.name], "pt") as file:
             assert torch.equal(file.get_tensor(tensor.name), fill(tensor, seed=0)), tensor.name
     embedding = found["model.embed_tokens.weight"]
@@ -104,14 +166,75 @@ def test_values_follow_name_and_seed() -> None:
     assert (torch.randn(500, 1000) @ values.float().T).std().item() == pytest.approx(2.0, rel=0.02)
 
 
-def test_greedy_outputs_are_finite_varied_and_not_tied(small: Path) -> None:
+def test_fp8_weights_use_their_range_and_scales_undo_it() -> None:
+    by_name = {t.name: t for shard in ARCHITECTURES["v4"].shards(ARCHITECTURES["v4"].config(1, 16)) for t in shard}
+    weight, scale = (fill(by_name[f"layers.0.ffn.experts.3.w2.{part}"], 0) for part in ("weight", "scale"))
+    assert weight.dtype == torch.float8_e4m3fn and weight.float().isfinite().all()
+    assert 1 < weight.float().abs().max() < 448
+    (factor,) = set(scale.flatten().tolist())
+    torch.manual_seed(0)
+    assert (torch.randn(500, 256) @ weight.float().T * factor).std().item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_hashed_tokens_have_different_experts() -> None:
+    table = fill(Tensor("tid2eid", (1000, 6), dtype=torch.int64, below=16), 0)
+    assert table.dtype == torch.int64 and table.min() == 0 and table.max() == 15
+    assert all(len(set(row)) == 6 for row in table.tolist())
+
+
+def v32_model(directory: Path) -> torch.nn.Module:
     """The target as Transformers' DeepSeek-V3 computes it: without the indexer, the same below 2048 tokens."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    settings = json.loads((small / "config.json").read_text())
+    settings = json.loads((directory / "config.json").read_text())
     settings = {name: value for name, value in settings.items() if name not in ("model_type", "architectures")}
-    model = DeepseekV3ForCausalLM.from_pretrained(small, config=DeepseekV3Config(**settings), dtype=torch.bfloat16)
-    prompts = torch.randint(7, settings["vocab_size"], (2, 200), generator=torch.Generator().manual_seed(0))
+    return DeepseekV3ForCausalLM.from_pretrained(directory, config=DeepseekV3Config(**settings), dtype=torch.bfloat16)
+
+
+def glm_model(directory: Path) -> torch.nn.Module:
+    from transformers import GlmMoeDsaForCausalLM
+
+    return GlmMoeDsaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+
+
+def v4_model(directory: Path) -> torch.nn.Module:
+    """The target from BF16 weights: Transformers' FP8 needs a GPU."""
+    from transformers import DeepseekV4ForCausalLM
+
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    weights = tensors_of(directory)
+    for name in [name for name in weights if name.endswith(".scale")]:
+        scales = weights.pop(name).repeat_interleave(128, dim=0).repeat_interleave(128, dim=1)
+        stored = weights[name.replace(".scale", ".weight")]
+        rows, columns = stored.shape
+        weights[name.replace(".scale", ".weight")] = (stored.float() * scales[:rows, :columns]).bfloat16()
+    unquantized = directory.with_name("unquantized")
+    unquantized.mkdir()
+    save_file(weights, unquantized / "model.safetensors", metadata={"format": "pt"})
+    (unquantized / "config.json").write_text(json.dumps(config))
+    model, report = DeepseekV4ForCausalLM.from_pretrained(unquantized, dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    return model
+
+
+@pytest.mark.parametrize("arch, load", [("v32", v32_model), ("glm", glm_model), ("v4", v4_model)])
+def test_logits_are_finite_and_follow_the_context(tmp_path: Path, arch: str, load) -> None:
+    """The target as Transformers computes it."""
+    model = load(make_small(tmp_path / "model", arch, layers=4))
+    prompts = torch.randint(7, model.config.vocab_size, (2, 200), generator=torch.Generator().manual_seed(0))
+    prompts[1, -4:] = prompts[0, -4:]
+    with torch.inference_mode():
+        logits = model(prompts).logits.float()
+    assert logits.isfinite().all()
+    # Unit variance, times what the rows of the head are scaled by.
+    assert 1 < logits.std() < 3
+    assert torch.corrcoef(logits[:, -1])[0, 1] < 0.9
+
+
+def test_greedy_outputs_are_finite_varied_and_not_tied(small: Path) -> None:
+    model = v32_model(small)
+    prompts = torch.randint(7, model.config.vocab_size, (2, 200), generator=torch.Generator().manual_seed(0))
     prompts[1, -4:] = prompts[0, -4:]
     best, gaps = [], []
     with torch.inference_mode():
@@ -148,17 +271,17 @@ def test_tokenizer_has_a_text_for_each_row_of_the_head(tokenizer) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
 
 
-def test_chat_template_and_vllms_own_encoding_agree(small: Path) -> None:
+@pytest.mark.parametrize("name", ["deepseek_v32:DeepseekV32Tokenizer", "deepseek_v4:DeepseekV4Tokenizer"])
+def test_chat_template_and_vllms_own_encoding_agree(small: Path, name: str) -> None:
     from transformers import AutoTokenizer
-    from vllm.tokenizers.deepseek_v32 import DeepseekV32Tokenizer
 
     messages = [{"role": "user", "content": "Hi"}]
     expected = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜></think>"
     template = AutoTokenizer.from_pretrained(small)
     assert template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
-    vllm = DeepseekV32Tokenizer.from_pretrained(small)
-    assert vllm.apply_chat_template(messages, tokenize=False) == expected
-    ids = vllm.apply_chat_template(messages)
+    vllm = seams.resolve(f"vllm.tokenizers.{name}").from_pretrained(small)
+    assert vllm.apply_chat_template(messages, tokenize=False, thinking=False) == expected
+    ids = vllm.apply_chat_template(messages, thinking=False)
     # The markers are one token each, and text comes back from ids as sent.
     assert [ids[0], ids[1], *ids[-2:]] == [0, 3, 4, 6]
     assert vllm.decode(ids) == expected
@@ -182,5 +305,5 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, capsys, arguments: list[st
 
 
 def test_unknown_architecture_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="arch: expected one of v32, got 'v9'"):
+    with pytest.raises(ValueError, match="arch: expected one of v32, glm, v4, got 'v9'"):
         make_checkpoint(tmp_path / "model", arch="v9")
