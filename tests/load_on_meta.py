@@ -60,7 +60,9 @@ def main(directory: str, arch: str) -> None:
     from vllm.model_executor.model_loader.utils import initialize_model
 
     speculative = speculative_config(SPECULATIVE_TOKENS, ACCEPTANCE_RATES)
-    engine = EngineArgs(model=directory, max_model_len=8192, speculative_config=speculative)
+    # vLLM before 0.30 does not choose V4's cache by itself.
+    cache = "fp8" if arch == "v4" else "auto"
+    engine = EngineArgs(model=directory, max_model_len=8192, kv_cache_dtype=cache, speculative_config=speculative)
     config = engine.create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
