@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers of the models that share the indexer: GLM-5.2, DeepSeek-V4, and V4 with adaptive verification of its drafts."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from marking import CAPTURED, FLATTEN, PACK, RAGGED_LOGITS, RAGGED_PLAN, UNPACK
+from test_serving import CHUNK, REQUEST_SECONDS, TOLERANCE, call, complete, completion, prompt
+
+from vllm_mqa_sm90 import seams
+from vllm_mqa_sm90.checkpoint import make_checkpoint
+from vllm_mqa_sm90.server import Server, environment, free_port, speculative_config, vllm_serve
+
+START_SECONDS = 500  # V4's kernels are compiled at the first start
+V4 = ("--kv-cache-dtype", "fp8", "--block-size", "256")
+MODELS = {"glm": (), "v4": V4}
+ADAPTIVE = "v4-adaptive"
+# A drafter with its own head, on two of the four layers' outputs; vLLM fills in its weights, and all others.
+DSPARK = {
+    "dspark_block_size": 3,
+    "dspark_markov_rank": 64,
+    "dspark_noise_token_id": 3,
+    "dspark_target_layer_ids": [1, 3],
+    "n_mtp_layers": 1,
+}
+
+
+def serve(scratch: Path, name: str, *arguments: str) -> Server:
+    port = free_port()
+    command = vllm_serve(
+        scratch / name,
+        port,
+        "--served-model-name", "small",
+        "--max-model-len", "16384",
+        "--max-num-seqs", "8",
+        "--max-num-batched-tokens", "2048",
+        "--long-prefill-token-threshold", str(CHUNK),
+        "--no-enable-prefix-caching",
+        "--gpu-memory-utilization", "0.05",
+        "--kv-cache-memory-bytes", str(2 << 30),
+        *arguments,
+    )  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = environment(scratch, MQA_SM90="require", VLLM_SERVER_DEV_MODE="1", PYTHONPATH=path)
+    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
+
+
+def serve_model(scratch: Path, arch: str) -> Server:
+    make_checkpoint(scratch / arch, arch, experts=16)
+    worker = "--worker-extension-cls", "comparing_worker.Extension"
+    speculative = "--speculative-config", json.dumps(speculative_config(2))
+    return serve(scratch, arch, "--enforce-eager", *worker, *speculative, *MODELS[arch])
+
+
+def serve_adaptive(scratch: Path) -> Server:
+    make_checkpoint(scratch / ADAPTIVE, "v4", experts=16)
+    config = scratch / ADAPTIVE / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | DSPARK))
+    speculative = {"method": "dspark", "num_speculative_tokens": 3, "enable_adaptive_verification": True}
+    return serve(
+        scratch,
+        ADAPTIVE,
+        "--load-format", "dummy",
+        "--cudagraph-capture-sizes", "4", "8", "16", "32",
+        "--worker-extension-cls", "marking_worker.Extension",
+        "--speculative-config", json.dumps(speculative),
+        *V4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, Server]]:
+    """All of them, started together."""
+    torch.cuda.empty_cache()  # what tests before this file's left
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
+        running = {arch: stack.enter_context(serve_model(scratch, arch)) for arch in MODELS}
+        if seams.release() >= (0, 29):  # before, vLLM's indexer refuses adaptive verification on Hopper
+            running[ADAPTIVE] = stack.enter_context(serve_adaptive(scratch))
+        with ThreadPoolExecutor(len(running)) as pool:
+            list(pool.map(lambda server: server.wait_ready(START_SECONDS, lambda *_: None), running.values()))
+        yield running
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", MODELS)
+def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], arch: str) -> None:
+    """Of uniform and of ragged steps. V4's eager steps skip the indexer up to 2048 tokens: all are kept."""
+    server = servers[arch]
+    call(server, "mqa_sm90_start_comparing")
+    before = call(server, "mqa_sm90_report")
+    assert before["taken_over"]
+    for length in 200, 3000, 12000:
+        complete(server, prompt(length), 24)
+    decoding = server.stream("/v1/completions", completion(prompt(3000), 80))
+    next(decoding)
+    complete(server, [prompt(6 * CHUNK + 1), prompt(6 * CHUNK + 2)], 8)
+    assert sum(1 for _ in decoding) > 0
+    assert call(server, "mqa_sm90_report")["launches"]["3"] > before["launches"]["3"]
+    found = json.loads(call(server, "mqa_sm90_comparison"))
+    assert found["ragged"] > 0
+    assert sum(rows["rows"] for key, rows in found["agreements"].items() if key.startswith("3/")) > 100
+    assert sum(rows["rows"] for key, rows in found["agreements"].items() if key.startswith("ragged/")) > 0
+    for rows in found["agreements"].values():
+        assert rows["difference"] <= TOLERANCE and rows["gap"] <= TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM's indexer refuses adaptive verification on Hopper")
+def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server]) -> None:
+    server = servers[ADAPTIVE]
+    before = json.loads(call(server, "mqa_sm90_marks"))
+    assert before.get(CAPTURED + RAGGED_LOGITS, 0) > 0
+    with ThreadPoolExecutor(6) as pool:
+        lengths = 3000, 3100, 5000, 9000, 2500, 4000
+        answers = list(pool.map(lambda length: complete(server, prompt(length), 40)[0], lengths))
+    assert [len(answer) for answer in answers] == [40] * len(lengths)
+    marks = json.loads(call(server, "mqa_sm90_marks"))
+    assert marks[RAGGED_PLAN] > before.get(RAGGED_PLAN, 0)
+    assert not any(marks.get(prefix + mark, 0) for mark in (PACK, UNPACK, FLATTEN) for prefix in ("", CAPTURED))
+    assert call(server, "mqa_sm90_report")["launches"]["4"] > 0
