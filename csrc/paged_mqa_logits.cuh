@@ -327,6 +327,8 @@ struct Consumer {
       if (info.num_tiles == 0) return;
       const int32_t skip = Turn<C::kPipes>{info.first_pipe}.skip(pipe);
       const int32_t tiles = (info.num_tiles - skip + C::kPipes - 1) / C::kPipes;
+      // Without tiles as without live rows, in one chain of branches: with another around it the compiler takes the
+      // descriptors out of uniform registers, and copies them back for each wgmma.
       score_for<C::kRows>(tiles > 0 ? live_rows(info) : 0, slot.stage, skip, tiles);
       hopper::arrive_as_warp(shared.query_empty[slot.stage]);
     }
