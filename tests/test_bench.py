@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing_worker import requests_of_rows
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -37,7 +38,13 @@ def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "shape"),
-    [("256x8192", Shape(256, 8192)), ("1x1", Shape(1, 1)), ("64x8192:ragged", Shape(64, 8192, ragged=True))],
+    [
+        ("256x8192", Shape(256, 8192)),
+        ("1x1", Shape(1, 1)),
+        ("64x8192:ragged", Shape(64, 8192, ragged=True)),
+        ("3x4:mixed", Shape(3, 4, mixed=True)),
+        ("3x4:ragged:mixed", Shape(3, 4, ragged=True, mixed=True)),
+    ],
 )
 def test_shape_reads_and_writes(text: str, shape: Shape) -> None:
     assert Shape.parse(text) == shape
@@ -48,7 +55,7 @@ def test_shape_reads_and_writes(text: str, shape: Shape) -> None:
     "text", ["", "256", "256x", "x8192", "0x5", "5x0", "-1x5", "2x3x4", "2x3:even", "2 x 3", "2x3\n"]
 )
 def test_other_shapes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="expected BATCHxCONTEXT or BATCHxCONTEXT:ragged, both at least 1, given"):
+    with pytest.raises(ValueError, match=r"expected BATCHxCONTEXT\[:ragged\]\[:mixed\], both at least 1, given"):
         Shape.parse(text)
 
 
@@ -69,7 +76,18 @@ def test_ragged_contexts() -> None:
 
 
 def test_row_lengths() -> None:
-    assert row_lengths([100, 2], 3) == [[98, 99, 100], [0, 1, 2]]
+    assert row_lengths([100, 2, 50], [3, 3, 1]) == [[98, 99, 100], [0, 1, 2], [50]]
+
+
+def test_rows_of_mixed_shapes() -> None:
+    shape = Shape(300, 8192, mixed=True)
+    rows = shape.rows(3)
+    assert rows == shape.rows(3) and len(rows) == 300
+    assert {count: 80 < rows.count(count) < 120 for count in (1, 2, 3)} == {1: True, 2: True, 3: True}
+    assert Shape(4, 9).rows(3) == [3] * 4
+    assert floor_bytes(Shape(5, 1000, mixed=True), 2, 16) == 5 * 1000 * 132 + sum(
+        count * 16 * 132 + sum(range(1000 - count + 1, 1001)) * 4 for count in Shape(5, 1000, mixed=True).rows(2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +128,8 @@ def test_step_names_each_page_of_each_copy_once(small_copies: None, page: int) -
     assert sorted(named) == list(range(step.kv_cache.shape[0]))
     assert named != sorted(named)
     assert all(table.shape[1] * page % 256 == 0 and table.min() >= 0 for table in step.block_tables)
-    assert step.context_lens.tolist() == row_lengths(shape.contexts(), 3)
+    assert step.context_lens.tolist() == row_lengths(shape.contexts(), [3] * 4)
+    assert step.query_start_loc.tolist() == [0, 3, 6, 9, 12] and step.max_rows is None
     assert step.max_context_len == max(shape.contexts())
     assert (step.q.shape, step.q.dtype) == ((4, 3, 16, 128), torch.float8_e4m3fn)
     assert step.weights.shape == (12, 16)
@@ -126,6 +145,20 @@ def test_pages_are_the_same_for_every_next_n(small_copies: None) -> None:
     assert torch.equal(one.context_lens[:, -1], three.context_lens[:, -1])
 
 
+def test_mixed_step(small_copies: None) -> None:
+    shape = Shape(6, 300, ragged=True, mixed=True)
+    step = make_step(shape, 3, 16, 64, CPU)
+    rows = shape.rows(3)
+    assert len(set(rows)) > 1 and step.row_counts.tolist() == rows and step.max_rows == 3
+    assert step.context_lens.tolist() == sum(row_lengths(shape.contexts(), rows), [])
+    assert step.q.shape == (sum(rows), 16, 128) and step.weights.shape == (sum(rows), 16)
+    plan = vllm_mqa_sm90.plan(step.context_lens, query_start_loc=step.query_start_loc, max_rows=3, num_sms=7)
+    assert torch.equal(step.plan(num_sms=7), plan)
+    right = reference_logits(step)
+    assert step.relative_error(right) < 1e-6
+    assert step.relative_error(right * (1 + 3e-4)) == pytest.approx(3e-4, rel=1e-2)
+
+
 def reference_logits(step: Step, copy: int = 0) -> torch.Tensor:
     return reference.paged_mqa_logits(
         step.q,
@@ -134,6 +167,7 @@ def reference_logits(step: Step, copy: int = 0) -> torch.Tensor:
         step.context_lens,
         step.block_tables[copy],
         max_context_len=step.max_context_len,
+        query_start_loc=None if step.max_rows is None else step.query_start_loc,
     )
 
 
@@ -303,9 +337,10 @@ def test_deep_gemm_native(api: types.SimpleNamespace, small_copies: None) -> Non
     assert len(api.fake.metadata_calls) == 2
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("next_n", [2, 3, 4])
-def test_deep_gemm_flattened(api: types.SimpleNamespace, small_copies: None, next_n: int) -> None:
-    step = make_step(Shape(3, 300, ragged=True), next_n, 16, 64, CPU)
+def test_deep_gemm_flattened(api: types.SimpleNamespace, small_copies: None, next_n: int, mixed: bool) -> None:
+    step = make_step(Shape(3, 300, ragged=True, mixed=mixed), next_n, 16, 64, CPU)
     call = deepgemm.DeepGemm(api, SMS).logits(step, flattened=True)
     lens = step.context_lens.view(-1, 1)
     assert api.fake.metadata_calls == [(lens.tolist(), 64, SMS)]
@@ -321,6 +356,8 @@ def test_deep_gemm_takes_what_vllm_says(api: types.SimpleNamespace, small_copies
     step = make_step(Shape(3, 300), 3, 16, 64, CPU)
     with pytest.raises(LeftOut, match="this vLLM flattens next_n 3"):
         peer.logits(step, flattened=False)
+    with pytest.raises(LeftOut, match="vLLM flattens mixed steps"):
+        peer.logits(make_step(Shape(3, 300, mixed=True), 2, 16, 64, CPU), flattened=False)
     if newer:
         four = make_step(Shape(3, 300), 4, 16, 64, CPU)
         assert torch.equal(peer.logits(four, flattened=False)(0), reference_logits(four))
@@ -515,11 +552,12 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleN
         return 10.0
 
     def paged_mqa_logits(
-        *arguments: torch.Tensor, max_context_len: int, out: torch.Tensor | None = None
+        *arguments: torch.Tensor, max_context_len: int, max_rows: int | None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         if machine.refuses and machine.refuses(arguments[3]):
             raise RuntimeError("q: expected something else\nand so on")
-        logits = reference.paged_mqa_logits(*arguments[:5], max_context_len=max_context_len) * machine.error
+        grouping = {} if max_rows is None else {"indices": requests_of_rows(arguments[5], SMS, arguments[3])}
+        logits = reference.paged_mqa_logits(*arguments[:5], max_context_len=max_context_len, **grouping) * machine.error
         return logits if out is None else out.copy_(logits)
 
     monkeypatch.setattr(kernel, "_problem", lambda: None)
@@ -571,13 +609,24 @@ def test_run(on_cpu: types.SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
     assert "3 x 300 ragged, next_n 3: ours 10.0 us, flattened 10.0 us" in captured.err
 
 
+def test_run_of_mixed_steps(
+    on_cpu: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, content = bench_kernel(tmp_path, "--shape", "5x300:mixed", "--next-n", "1", "3")
+    assert status == 0
+    assert [(row["shape"], row["next_n"]) for row in content["rows"]] == [("5x300:mixed", 1), ("5x300:mixed", 3)]
+    for row in content["rows"]:
+        assert sorted(row["times_us"]) == [FLATTENED, OURS] and all(error < 1e-6 for error in row["relative_errors"].values())
+    assert "DeepGEMM native, 2 of 2 cases: vLLM flattens mixed steps" in capsys.readouterr().out
+
+
 def test_copies_are_called_in_turn(
     on_cpu: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
 
     def replay_us(calls: list[partial], replays: int) -> float:
-        seen.append([call.args[0] for call in calls])
+        seen.append([call.args[0] for call in calls if call.args])  # the plan has none
         return 10.0
 
     monkeypatch.setattr(timing, "replay_us", replay_us)

@@ -47,14 +47,16 @@ class DeepGemm:
         Flattened, each row is a request of its own, with a copy of its request's block table. The
         schedule and these copies are made here, once, as vLLM makes them once a step.
         """
-        groups, next_n, heads, head_dim = step.q.shape
-        if not flattened and not self.takes(next_n):
-            raise LeftOut(f"this vLLM flattens next_n {next_n}")
         q, context_lens, block_tables = step.q, step.context_lens, step.block_tables
-        if flattened:
-            q = q.view(groups * next_n, 1, heads, head_dim)
+        if not flattened:
+            if step.max_rows is not None:
+                raise LeftOut("vLLM flattens mixed steps")
+            if not self.takes(q.shape[1]):
+                raise LeftOut(f"this vLLM flattens next_n {q.shape[1]}")
+        else:
+            q = q.view(-1, 1, *q.shape[-2:])
             context_lens = context_lens.view(-1, 1)
-            block_tables = [table.repeat_interleave(next_n, dim=0) for table in block_tables]
+            block_tables = [table.repeat_interleave(step.row_counts, dim=0) for table in block_tables]
         page = step.kv_cache.shape[1]
         schedule = self._api.get_paged_mqa_logits_metadata(context_lens, page, self._num_sms)
 

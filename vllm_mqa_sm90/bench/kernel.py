@@ -68,8 +68,9 @@ def add_parser(subparsers: Any) -> None:
         "--shape",
         action="append",
         type=_shape,
-        metavar="BxL[:ragged]",
-        help="batch x context, ragged: 0.3 to 1.7 times the context; may be repeated (default: eight shapes)",
+        metavar="BxL[:ragged][:mixed]",
+        help="batch x context; ragged: 0.3 to 1.7 times the context; mixed: 1 to N query rows a request; may be "
+        "repeated (default: eight shapes)",
     )
     parser.add_argument(
         "--next-n",
@@ -203,12 +204,12 @@ class _Cases:
         with _noting(row, OURS):
             self.show(f"{case}: {SIDES[OURS]}")
             step = make_step(shape, next_n, self.report.heads, self.report.page, DEVICE)
-            plan = vllm_mqa_sm90.plan(step.context_lens, num_sms=self.report.gpu["sms"])
+            plan = step.plan(num_sms=self.report.gpu["sms"])
             self._time(row, OURS, step, _ours(step, plan))
-            replan = partial(vllm_mqa_sm90.plan, step.context_lens, out=plan)
+            replan = partial(step.plan, out=plan)
             row.plan_us = timing.replay_us([replan] * _MIN_CALLS, self.replays)
             # At next_n 1 a flattened call is the native one.
-            for side in (NATIVE, FLATTENED) if next_n > 1 else (NATIVE,):
+            for side in (NATIVE, FLATTENED) if next_n > 1 or shape.mixed else (NATIVE,):
                 with _noting(row, side):
                     self.show(f"{case}: {SIDES[side]} (compiles at first use)")
                     self._time(row, side, step, self._theirs(step, flattened=side == FLATTENED))
@@ -234,15 +235,14 @@ class _Cases:
 
 def _ours(step: Step, plan: torch.Tensor) -> Call:
     inputs = step.q, step.kv_cache, step.weights, step.context_lens
-    out = vllm_mqa_sm90.paged_mqa_logits(*inputs, step.block_tables[0], plan, max_context_len=step.max_context_len)
+
+    def call(copy: int, out: torch.Tensor | None) -> torch.Tensor:
+        block_table, limits = step.block_tables[copy], {"max_context_len": step.max_context_len}
+        return vllm_mqa_sm90.paged_mqa_logits(*inputs, block_table, plan, **limits, max_rows=step.max_rows, out=out)
+
+    out = call(0, None)
     out.fill_(math.nan)  # so that the check sees a logit that is not written
-
-    def call(copy: int) -> torch.Tensor:
-        return vllm_mqa_sm90.paged_mqa_logits(
-            *inputs, step.block_tables[copy], plan, max_context_len=step.max_context_len, out=out
-        )
-
-    return call
+    return partial(call, out=out)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Row:
 
     Attributes:
         shape: as `Shape` reads and writes it.
-        next_n: query rows of each request.
+        next_n: query rows of each request; of a mixed shape, at most.
         floor_bytes: what must move.
         floor_us: that, at the measured read bandwidth.
         times_us: microseconds a call, by side.

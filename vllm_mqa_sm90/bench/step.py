@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decode steps to be timed: their shapes, the bytes they must move, and their tensors."""
 
+import itertools
 import re
 from dataclasses import dataclass
 
 import torch
 
+import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, reference
 from vllm_mqa_sm90.ops import TOKEN_BYTES
 
@@ -20,22 +22,28 @@ _CHECKED_REQUESTS = 8
 
 @dataclass(frozen=True)
 class Shape:
-    """Requests of a step, and the tokens each sees: all `context`, or ragged around it."""
+    """Requests of a step, the tokens each sees, and its query rows.
+
+    Attributes:
+        ragged: contexts are 0.3 to 1.7 times `context`; else all have that.
+        mixed: requests bring 1 to next_n rows, and the step is a ragged one; else all bring next_n.
+    """
 
     batch: int
     context: int
     ragged: bool = False
+    mixed: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
-        """From `BxL` or `BxL:ragged`; ValueError for anything else."""
-        match = re.fullmatch(r"(\d+)x(\d+)(:ragged)?", text, re.ASCII)
+        """From `BxL`, and `:ragged` and `:mixed` after it; ValueError for anything else."""
+        match = re.fullmatch(r"(\d+)x(\d+)(:ragged)?(:mixed)?", text, re.ASCII)
         if match is None or not int(match[1]) or not int(match[2]):
-            raise ValueError(f"expected BATCHxCONTEXT or BATCHxCONTEXT:ragged, both at least 1, given {text!r}")
-        return cls(int(match[1]), int(match[2]), match[3] is not None)
+            raise ValueError(f"expected BATCHxCONTEXT[:ragged][:mixed], both at least 1, given {text!r}")
+        return cls(int(match[1]), int(match[2]), match[3] is not None, match[4] is not None)
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.context}{':ragged' if self.ragged else ''}"
+        return f"{self.batch}x{self.context}{':ragged' if self.ragged else ''}{':mixed' if self.mixed else ''}"
 
     def contexts(self) -> list[int]:
         """Tokens that the last row of each request sees: the same in every run and for every next_n."""
@@ -45,18 +53,28 @@ class Shape:
         shares = torch.rand(self.batch, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
         return [max(1, int(self.context * (low + (high - low) * share))) for share in shares.tolist()]
 
+    def rows(self, next_n: int) -> list[int]:
+        """Query rows of each request: the same in every run."""
+        if not self.mixed:
+            return [next_n] * self.batch
+        generator = torch.Generator().manual_seed(_SEED)
+        return torch.randint(1, next_n + 1, (self.batch,), generator=generator).tolist()
 
-def row_lengths(contexts: list[int], next_n: int) -> list[list[int]]:
-    """Tokens that each row sees, `[B][next_n]`: a request's rows see one token more each."""
-    return [[max(context - next_n + 1 + row, 0) for row in range(next_n)] for context in contexts]
+
+def row_lengths(contexts: list[int], rows: list[int]) -> list[list[int]]:
+    """Tokens that each row of each request sees: one more than the row before."""
+    return [
+        [max(context - count + 1 + row, 0) for row in range(count)]
+        for context, count in zip(contexts, rows, strict=True)
+    ]
 
 
 def floor_bytes(shape: Shape, next_n: int, heads: int) -> int:
     """Bytes that a step must move: cached tokens read once, queries and weights read, logits written."""
-    contexts = shape.contexts()
+    contexts, rows = shape.contexts(), shape.rows(next_n)
     cache = sum(contexts) * TOKEN_BYTES
-    queries_and_weights = shape.batch * next_n * heads * (HEAD_DIM + 4)
-    logits = sum(map(sum, row_lengths(contexts, next_n))) * 4
+    queries_and_weights = sum(rows) * heads * (HEAD_DIM + 4)
+    logits = sum(map(sum, row_lengths(contexts, rows))) * 4
     return cache + queries_and_weights + logits
 
 
@@ -65,12 +83,14 @@ class Step:
     """One step's arguments, as `vllm_mqa_sm90.paged_mqa_logits` takes them, with several copies of its pages.
 
     Attributes:
-        q: float8_e4m3fn `[B, next_n, H, 128]`.
+        q: float8_e4m3fn `[B, next_n, H, 128]`, of a mixed shape `[T, H, 128]`.
         kv_cache: uint8 `[pages, page, 1, 132]`.
-        weights: float32 `[B * next_n, H]`.
-        context_lens: int32 `[B, next_n]`.
+        weights: float32 `[T, H]`.
+        context_lens: int32 `[B, next_n]`, of a mixed shape `[T]`.
         block_tables: int32 `[B, max_pages]` each; each names pages of its own, at least `COLD_BYTES` of them in all.
         max_context_len: the longest context.
+        query_start_loc: int32 `[B + 1]`: first row of each request, and the last one's end.
+        max_rows: of a mixed shape's requests, at most; else None.
     """
 
     q: torch.Tensor
@@ -79,6 +99,18 @@ class Step:
     context_lens: torch.Tensor
     block_tables: list[torch.Tensor]
     max_context_len: int
+    query_start_loc: torch.Tensor
+    max_rows: int | None
+
+    @property
+    def row_counts(self) -> torch.Tensor:
+        """Query rows of each request, `[B]`."""
+        return self.query_start_loc.diff()
+
+    def plan(self, **options: object) -> torch.Tensor:
+        """`vllm_mqa_sm90.plan` for this step."""
+        grouping = {} if self.max_rows is None else {"query_start_loc": self.query_start_loc, "max_rows": self.max_rows}
+        return vllm_mqa_sm90.plan(self.context_lens, **grouping, **options)
 
     def relative_error(self, logits: torch.Tensor) -> float:
         """Relative error, in norm, of logits `[T, max_context_len or more]` computed with the first block table.
@@ -86,23 +118,23 @@ class Step:
         Against the FP32 reference, on the requests first, last, shortest, longest and some between.
         NaN if a logit within its context is.
         """
-        requests = self._checked_requests()
-        groups, next_n, heads, _ = self.q.shape
+        request_of_row = torch.arange(len(self.row_counts), device=self.q.device).repeat_interleave(self.row_counts)
+        rows = torch.isin(request_of_row, self._checked_requests()).nonzero().flatten()
         expected = reference.paged_mqa_logits(
-            self.q.view(torch.uint8)[requests].view(self.q.dtype),  # not every PyTorch gathers FP8
+            self.q.view(torch.uint8).view(-1, *self.q.shape[-2:])[rows].view(self.q.dtype),  # not every PyTorch gathers FP8
             self.kv_cache,
-            self.weights.view(groups, next_n, heads)[requests].view(-1, heads),
-            self.context_lens[requests],
-            self.block_tables[0][requests],
+            self.weights[rows],
+            self.context_lens.view(-1)[rows],
+            self.block_tables[0][request_of_row[rows]],
             max_context_len=self.max_context_len,
         )
-        given = logits[:, : self.max_context_len].unflatten(0, (groups, next_n))[requests].flatten(0, 1)
+        given = logits[rows, : self.max_context_len]
         valid = expected > -torch.inf
         expected, given = expected[valid].double(), given[valid].double()
         return float((given - expected).norm() / expected.norm())
 
     def _checked_requests(self) -> torch.Tensor:
-        longest_rows = self.context_lens.amax(dim=1)
+        longest_rows = self.context_lens.view(-1)[self.query_start_loc[1:].long() - 1]
         spread = torch.linspace(0, len(longest_rows) - 1, _CHECKED_REQUESTS, device=longest_rows.device).long()
         extremes = torch.stack([longest_rows.argmin(), longest_rows.argmax()])
         return torch.cat([spread, extremes]).unique()
@@ -132,12 +164,17 @@ def make_step(shape: Shape, next_n: int, heads: int, page: int, device: torch.de
         block_table[used] = shuffled.int()
         block_tables.append(block_table)
 
-    q = torch.randn(shape.batch, next_n, heads, HEAD_DIM, generator=generator, device=device)
+    rows = shape.rows(next_n)
+    starts = [0, *itertools.accumulate(rows)]
+    lens = torch.tensor(sum(row_lengths(contexts, rows), []), dtype=torch.int32, device=device)
+    q = torch.randn(starts[-1], heads, HEAD_DIM, generator=generator, device=device).to(torch.float8_e4m3fn)
     return Step(
-        q=q.to(torch.float8_e4m3fn),
+        q=q if shape.mixed else q.view(shape.batch, next_n, heads, HEAD_DIM),
         kv_cache=kv_cache.view(-1, page, 1, TOKEN_BYTES),
-        weights=torch.randn(shape.batch * next_n, heads, generator=generator, device=device),
-        context_lens=torch.tensor(row_lengths(contexts, next_n), dtype=torch.int32, device=device),
+        weights=torch.randn(starts[-1], heads, generator=generator, device=device),
+        context_lens=lens if shape.mixed else lens.view(shape.batch, next_n),
         block_tables=block_tables,
         max_context_len=max(contexts),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32, device=device),
+        max_rows=next_n if shape.mixed else None,
     )
