@@ -207,7 +207,8 @@ def table(found: dict[str, Served]) -> str:
     lines.append("* counted above too; the index logits have those of prefills as well")
     for side, each in found.items():
         lines.append(
-            f"{side}: {each.steps} steps and {each.graphs} graphs profiled, {each.preemptions:.0f} preemptions, {each.hits:.0f} tokens from the prefix cache, "
+            f"{side}: {each.steps} steps and {each.graphs} graphs profiled, {each.preemptions:.0f} preemptions, "
+            f"{each.hits:.0f} tokens from the prefix cache, "
             f"{each.marks[RAGGED]} ragged and {each.marks[UNIFORM]} other metadata builds "
             f"({each.profiled[RAGGED]} and {each.profiled[UNIFORM]} profiled), launches by next_n {each.launches}"
         )

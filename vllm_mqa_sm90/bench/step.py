@@ -120,8 +120,9 @@ class Step:
         """
         request_of_row = torch.arange(len(self.row_counts), device=self.q.device).repeat_interleave(self.row_counts)
         rows = torch.isin(request_of_row, self._checked_requests()).nonzero().flatten()
+        q = self.q.view(torch.uint8).view(-1, *self.q.shape[-2:])  # not every PyTorch gathers FP8
         expected = reference.paged_mqa_logits(
-            self.q.view(torch.uint8).view(-1, *self.q.shape[-2:])[rows].view(self.q.dtype),  # not every PyTorch gathers FP8
+            q[rows].view(self.q.dtype),
             self.kv_cache,
             self.weights[rows],
             self.context_lens.view(-1)[rows],
