@@ -28,6 +28,7 @@ from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, environment, free_port, speculative_config, vllm_serve
 
 MODEL = "small"
+KS = (0, 1, 2, 3, 5)  # speculative tokens; with five, two consumers share a group
 CHUNK = 512  # tokens of a prompt in one step, where there are other requests
 START_SECONDS = 420
 REQUEST_SECONDS = 120
@@ -70,7 +71,7 @@ def servers() -> Iterator[dict[str, Server]]:
         start = functools.partial(serve, scratch)
         running = {"graphs-2": stack.enter_context(start("graphs-2", 2, "require"))}
         for kind, mode in ("plugin", "require"), ("stock", "off"):
-            for k in range(4):
+            for k in KS:
                 name = f"{kind}-{k}"
                 running[name] = stack.enter_context(start(name, k, mode, "--enforce-eager"))
         with ThreadPoolExecutor(len(running)) as pool:
@@ -97,7 +98,7 @@ def prompt(length: int) -> list[int]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["plugin-0", "plugin-1", "plugin-2", "plugin-3", "graphs-2"])
+@pytest.mark.parametrize("name", [*(f"plugin-{k}" for k in KS), "graphs-2"])
 def test_decodes_natively(servers: dict[str, Server], name: str) -> None:
     server, k = servers[name], int(name[-1])
     before = call(server, "mqa_sm90_report")
@@ -112,7 +113,7 @@ def test_decodes_natively(servers: dict[str, Server], name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [200, 1500, 1990])
-@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("k", KS)
 def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], k: int, length: int) -> None:
     """Contexts that the indexer keeps whole, one request at a time.
 
@@ -129,7 +130,7 @@ def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], k: int, leng
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("k", KS)
 def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], k: int) -> None:
     server = servers[f"plugin-{k}"]
     call(server, "mqa_sm90_start_comparing")
