@@ -72,6 +72,4 @@ def _planning(*_: Any, indices: Any = None, query_start_loc: Any = None, **__: A
 def _logits(
     q: Any, kv_cache: Any, weights: Any, context_lens: Any, block_table: Any, plan: Any, **_: Any
 ) -> str | None:
-    # A uniform step's plan has a header and a row for each share; what more there is says which rows form groups.
-    uniform = ops.plan_shape(torch.cuda.get_device_properties(plan.device).multi_processor_count)
-    return None if tuple(plan.shape) == uniform else RAGGED_LOGITS
+    return RAGGED_LOGITS if ops.is_ragged(plan) else None

@@ -418,7 +418,6 @@ def test_what_vllm_and_we_call_is_marked(monkeypatch: pytest.MonkeyPatch, native
     monkeypatch.setattr(marking, "counts", Counter())
     monkeypatch.setattr(torch.profiler, "record_function", calls.record_function)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: calls[-1:] == [("plan",)])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(indexer.DeepseekV32IndexerBackend, "get_builder_cls", staticmethod(lambda: builder_class))
     monkeypatch.setattr(stock, "build", calls.function("build"))
     monkeypatch.setattr(stock, "_prepare_decode_tensors", calls.function("prepare"))

@@ -272,13 +272,10 @@ def add_cache(config: Any, path: str = seams.CACHES[0], backend_name: str = "Dee
 
 def make_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
     """As vLLM's worker makes it: the class that the backend answers with now."""
-    builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
-    width = {"block_table_width": PAGES} if getattr(builder, "requires_block_table_width", False) else {}
-    return builder(spec, [layer], config, torch.device("cpu"), **width)
+    return construct(seams.resolve(seams.BUILDER_OF_BACKEND)(), config, spec, layer)
 
 
-def make_stock_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
-    builder = seams.resolve(seams.STOCK_BUILDER)
+def construct(builder: type, config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
     width = {"block_table_width": PAGES} if getattr(builder, "requires_block_table_width", False) else {}
     return builder(spec, [layer], config, torch.device("cpu"), **width)
 
@@ -413,7 +410,7 @@ def test_block_table_wider_than_the_longest_context(schedules: list[Any]) -> Non
     assert make_builder(config, make_spec(), layer).build(0, step).decode.block_table.shape == (2, PAGES)
     if seams.release() < (0, 27):
         with pytest.raises(RuntimeError, match=f"expanded size of the tensor .{PAGES - 1}. must match .* .{PAGES}."):
-            make_stock_builder(config, make_spec(), layer).build(0, step)
+            construct(seams.resolve(seams.STOCK_BUILDER), config, make_spec(), layer).build(0, step)
 
 
 @pytest.mark.parametrize("tokens", [2, 7])
@@ -520,7 +517,7 @@ def test_refused_builder_is_vllms(
     layer = add_cache(config, cache)
     builder = make_builder(config, spec(), layer)
     stock = seams.resolve(seams.STOCK_BUILDER)
-    expected = make_stock_builder(config, spec(), layer)
+    expected = construct(stock, config, spec(), layer)
 
     assert builder.use_flattening == expected.use_flattening is True
     assert builder.scheduler_metadata_buffer.shape == expected.scheduler_metadata_buffer.shape == (NUM_SMS + 1, 2)

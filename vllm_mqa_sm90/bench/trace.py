@@ -107,17 +107,13 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
         by_kernel[name] += duration
         busy += max(0.0, start + duration - max(start, busy_until))
         busy_until = max(busy_until, start + duration)
-    families = dict.fromkeys((*FAMILIES, OTHER), 0.0)
-    others: Counter[str] = Counter()
-    for name, duration in by_kernel.items():
-        families[family(name)] += duration / len(windows)
-        if family(name) == OTHER:
-            others[name] += duration / len(windows)
+    of_step = {name: duration / len(windows) for name, duration in by_kernel.items()}
+    others = Counter({name: duration for name, duration in of_step.items() if family(name) == OTHER})
     return Profile(
         steps=len(windows),
         step_us=sum(end - start for start, end in windows) / len(windows),
         busy_us=busy / len(windows),
-        families=families,
+        families=_by_family(of_step.items()),
         others=dict(others.most_common(_LISTED)),
     )
 
@@ -174,9 +170,14 @@ def _correlation(event: dict[str, Any]) -> int | None:
 
 def by_family(ran: Iterable[Launch]) -> dict[str, float]:
     """Microseconds by family of kernels. Kernels may overlap."""
+    return _by_family((launch.name, launch.duration) for launch in ran)
+
+
+def _by_family(durations: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The same of pairs of a kernel's name and its microseconds."""
     found = dict.fromkeys((*FAMILIES, OTHER), 0.0)
-    for launch in ran:
-        found[family(launch.name)] += launch.duration
+    for name, duration in durations:
+        found[family(name)] += duration
     return found
 
 
