@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from servers import MODEL, completion
+
 from vllm_mqa_sm90.server import Server
 
 CHUNK = 128  # tokens of one prompt in one step, two pages
-MODEL = "small"
 ARGUMENTS = (
     "--served-model-name", MODEL,
     "--max-model-len", "4096",
@@ -52,9 +53,8 @@ class Request:
 
     @property
     def body(self) -> dict[str, object]:
-        """For /v1/completions; greedy, and as long as it says."""
-        options = {"model": MODEL, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        return {**options, "prompt": self.prompt, "max_tokens": self.tokens}
+        """For /v1/completions."""
+        return completion(self.prompt, self.tokens)
 
 
 def prompt(length: int, draw: random.Random) -> list[int]:

@@ -34,18 +34,18 @@ import pytest
 import torch
 from marking import CAPTURED, FLATTEN, PACK, RAGGED, RAGGED_LOGITS, RAGGED_PLAN, UNIFORM, UNPACK
 from mixed_load import Request
+from servers import call, start, wait_ready
 
 from vllm_mqa_sm90 import metrics, ops, seams
+from vllm_mqa_sm90.architectures import v32_config
 from vllm_mqa_sm90.bench import trace
 from vllm_mqa_sm90.bench.serve_run import profiler_arguments
 from vllm_mqa_sm90.bench.trace import Launch
-from vllm_mqa_sm90.architectures import v32_config
 from vllm_mqa_sm90.checkpoint import make_checkpoint, make_tokenizer
-from vllm_mqa_sm90.server import Server, environment, free_port, speculative_config, vllm_serve
+from vllm_mqa_sm90.server import Server, speculative_config, vllm_serve
 
 SIDES = {"stock": "off", "plugin": "require"}
 START_SECONDS = 420
-REQUEST_SECONDS = 120
 PROFILE_AFTER = 2.0  # seconds of the load
 PROFILED_STEPS = 200  # of which one in fourteen is ragged
 REHEARSED = 40  # requests
@@ -112,13 +112,9 @@ def arguments(traces: Path) -> list[str]:
     ]
 
 
-def start(scratch: Path, side: str) -> Server:
-    port = free_port()
+def serve(scratch: Path, side: str) -> Server:
     (scratch / side).mkdir()
-    command = vllm_serve(scratch / "model", port, *arguments(scratch / side))
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    env = environment(scratch, MQA_SM90=SIDES[side], VLLM_SERVER_DEV_MODE="1", PYTHONPATH=path)
-    return Server(command, port, scratch / f"{side}.log", env, grace=0, timeout=REQUEST_SECONDS)
+    return start(scratch, side, "model", SIDES[side], *arguments(scratch / side))
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +125,12 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def servers(scratch: Path) -> Iterator[dict[str, Server]]:
-    """Both, started together, as a start is mostly the CPU's work."""
+    """Both, started together."""
     torch.cuda.empty_cache()  # what tests before this file's left
     with contextlib.ExitStack() as stack:
         make_checkpoint(scratch / "model")
-        running = {side: stack.enter_context(start(scratch, side)) for side in SIDES}
-        with ThreadPoolExecutor(len(running)) as pool:
-            list(pool.map(lambda server: server.wait_ready(START_SECONDS, lambda *_: None), running.values()))
+        running = {side: stack.enter_context(serve(scratch, side)) for side in SIDES}
+        wait_ready(running.values(), START_SECONDS)
         yield running
 
 
@@ -145,10 +140,6 @@ def served(scratch: Path, servers: dict[str, Server]) -> dict[str, Served]:
     found = {side: serve_load(server, scratch / side) for side, server in servers.items()}
     print(f"\n{torch.cuda.get_device_name()}, vLLM {seams.vllm_version()}\n{table(found)}")
     return found
-
-
-def call(server: Server, method: str) -> Any:
-    return server.post("/collective_rpc", {"method": method})["results"][0]
 
 
 def serve_load(server: Server, traces: Path) -> Served:

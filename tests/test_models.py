@@ -3,7 +3,6 @@
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from marking import CAPTURED, FLATTEN, PACK, RAGGED_LOGITS, RAGGED_PLAN, UNPACK
-from test_serving import CHUNK, REQUEST_SECONDS, TOLERANCE, call, complete, completion, prompt
+from servers import MODEL, call, completion, start, wait_ready
+from test_serving import CHUNK, TOLERANCE, complete, prompt
 
 from vllm_mqa_sm90 import seams
 from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, environment, free_port, speculative_config, vllm_serve
+from vllm_mqa_sm90.server import Server, speculative_config
 
 START_SECONDS = 500  # V4's kernels are compiled at the first start
 V4 = ("--kv-cache-dtype", "fp8", "--block-size", "256")
@@ -33,11 +33,12 @@ DSPARK = {
 
 
 def serve(scratch: Path, name: str, *arguments: str) -> Server:
-    port = free_port()
-    command = vllm_serve(
-        scratch / name,
-        port,
-        "--served-model-name", "small",
+    return start(
+        scratch,
+        name,
+        name,
+        "require",
+        "--served-model-name", MODEL,
         "--max-model-len", "16384",
         "--max-num-seqs", "8",
         "--max-num-batched-tokens", "2048",
@@ -47,9 +48,6 @@ def serve(scratch: Path, name: str, *arguments: str) -> Server:
         "--kv-cache-memory-bytes", str(2 << 30),
         *arguments,
     )  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    env = environment(scratch, MQA_SM90="require", VLLM_SERVER_DEV_MODE="1", PYTHONPATH=path)
-    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
 
 
 def serve_model(scratch: Path, arch: str) -> Server:
@@ -84,8 +82,7 @@ def servers() -> Iterator[dict[str, Server]]:
         running = {arch: stack.enter_context(serve_model(scratch, arch)) for arch in MODELS}
         if seams.release() >= (0, 29):  # before, vLLM's indexer refuses adaptive verification on Hopper
             running[ADAPTIVE] = stack.enter_context(serve_adaptive(scratch))
-        with ThreadPoolExecutor(len(running)) as pool:
-            list(pool.map(lambda server: server.wait_ready(START_SECONDS, lambda *_: None), running.values()))
+        wait_ready(running.values(), START_SECONDS)
         yield running
 
 

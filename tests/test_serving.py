@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,17 +20,16 @@ import pytest
 import steps
 import torch
 from comparing_worker import TOP_K, Agreement
+from servers import MODEL, call, completion, start, wait_ready
 from vllm.utils import deep_gemm
 
 from vllm_mqa_sm90 import ops, reference
 from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, environment, free_port, speculative_config, vllm_serve
+from vllm_mqa_sm90.server import Server, speculative_config
 
-MODEL = "small"
 KS = (0, 1, 2, 3, 5)  # speculative tokens; with five, two consumers share a group
 CHUNK = 512  # tokens of a prompt in one step, where there are other requests
 START_SECONDS = 420
-REQUEST_SECONDS = 120
 TOLERANCE = 1e-6
 
 
@@ -39,10 +37,11 @@ def serve(scratch: Path, name: str, k: int, mode: str, *arguments: str) -> Serve
     """A server with `k` speculative tokens, taken from the greedy drafts of the model's own MTP layer."""
     if k:
         arguments += "--speculative-config", json.dumps(speculative_config(k))
-    port = free_port()
-    command = vllm_serve(
-        scratch / "model",
-        port,
+    return start(
+        scratch,
+        name,
+        "model",
+        mode,
         "--served-model-name", MODEL,
         # 257 pages with the plugin: stock flattening may fail at an odd number of them, and has 256.
         "--max-model-len", "16384" if mode == "off" else "16416",
@@ -56,36 +55,22 @@ def serve(scratch: Path, name: str, k: int, mode: str, *arguments: str) -> Serve
         "--worker-extension-cls", "comparing_worker.Extension",
         *arguments,
     )  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    env = environment(scratch, MQA_SM90=mode, VLLM_SERVER_DEV_MODE="1", PYTHONPATH=path)
-    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Server]]:
-    """All of them, started together, as a start is mostly the CPU's work: plugin-k, stock-k, and k=2 with CUDA graphs."""
+    """All of them, started together: plugin-k, stock-k, and k=2 with CUDA graphs."""
     torch.cuda.empty_cache()  # what tests before this file's left
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
         make_checkpoint(scratch / "model")
-        start = functools.partial(serve, scratch)
-        running = {"graphs-2": stack.enter_context(start("graphs-2", 2, "require"))}
+        running = {"graphs-2": stack.enter_context(serve(scratch, "graphs-2", 2, "require"))}
         for kind, mode in ("plugin", "require"), ("stock", "off"):
             for k in KS:
                 name = f"{kind}-{k}"
-                running[name] = stack.enter_context(start(name, k, mode, "--enforce-eager"))
-        with ThreadPoolExecutor(len(running)) as pool:
-            list(pool.map(lambda server: server.wait_ready(START_SECONDS, lambda *_: None), running.values()))
+                running[name] = stack.enter_context(serve(scratch, name, k, mode, "--enforce-eager"))
+        wait_ready(running.values(), START_SECONDS)
         yield running
-
-
-def call(server: Server, method: str) -> Any:
-    return server.post("/collective_rpc", {"method": method})["results"][0]
-
-
-def completion(prompts: Any, tokens: int) -> dict[str, Any]:
-    options = {"model": MODEL, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    return {**options, "prompt": prompts, "max_tokens": tokens}
 
 
 def complete(server: Server, prompts: Any, tokens: int) -> list[list[int]]:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers of the installed vLLM for GPU tests: how they are started, and what is asked of them."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vllm_mqa_sm90.server import Server, environment, free_port, vllm_serve
+
+MODEL = "small"
+REQUEST_SECONDS = 120
+
+
+def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> Server:
+    """A server of `scratch`/`model` with `MQA_SM90=mode`, whose workers find what is in this folder."""
+    port = free_port()
+    command = vllm_serve(scratch / model, port, *arguments)
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = environment(scratch, MQA_SM90=mode, VLLM_SERVER_DEV_MODE="1", PYTHONPATH=path)
+    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
+
+
+def wait_ready(running: Iterable[Server], seconds: float) -> None:
+    """For all of them; started together, as a start is mostly the CPU's work."""
+    running = list(running)
+    with ThreadPoolExecutor(len(running)) as pool:
+        list(pool.map(lambda server: server.wait_ready(seconds, lambda *_: None), running))
+
+
+def call(server: Server, method: str) -> Any:
+    """What the first worker answers."""
+    return server.post("/collective_rpc", {"method": method})["results"][0]
+
+
+def completion(prompts: Any, tokens: int) -> dict[str, Any]:
+    """The body of a request: greedy, and as long as it says."""
+    options = {"model": MODEL, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return {**options, "prompt": prompts, "max_tokens": tokens}
