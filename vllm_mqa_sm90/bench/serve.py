@@ -146,9 +146,12 @@ def run(args: argparse.Namespace) -> int:
         acceptance=None if acceptance is None else list(acceptance),
     )
     configurations = [Configuration(side, k) for k in args.k for side in SIDES if args.side in (None, side)]
-    jobs = [Job(at, workload) for at in configurations for workload in chosen]
-    if args.profile:
-        jobs += [Job(at, workload, profiled=True) for at in configurations for workload in chosen if workload.cached]
+    jobs = [
+        Job(at, workload, profiled)
+        for at in configurations
+        for workload in chosen
+        for profiled in ((False, True) if args.profile and workload.cached else (False,))
+    ]
     try:
         Run(report, Kept(args.output / "results", report), args.output, args.timeout).do(jobs, fresh=args.fresh)
     except KeyboardInterrupt:

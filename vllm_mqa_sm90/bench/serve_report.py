@@ -152,6 +152,13 @@ class Report:
                 return measurement.tokens_per_s / other.tokens_per_s
         return None
 
+    def gpu_share(self, profiled: Profiled) -> float | None:
+        """GPU time of a step under the profiler over a measured step, which is TPOT times its tokens; None: not measured."""
+        for each in self.measurements:
+            if (each.side, each.k, each.workload) == (profiled.side, profiled.k, profiled.workload):
+                return profiled.profile.busy_us / (1e3 * each.tpot_ms * (1 + sum(each.accepted_at)))
+        return None
+
     @property
     def setting(self) -> str:
         """The run in one line."""
@@ -204,16 +211,21 @@ def _by_workload(report: Report) -> list[Measurement]:
     return sorted(report.measurements, key=lambda each: (order.index(each.workload), each.k, sides.index(each.side)))
 
 
+def _profile_note(report: Report, profiled: Profiled) -> str:
+    profile, share = profiled.profile, report.gpu_share(profiled)
+    outside = "" if share is None else f", {share:.0%} of the measured one"
+    return (
+        f"{profiled.workload}, {Configuration(profiled.side, profiled.k)}: the GPU works {profile.busy_us / 1e3:.2f} ms "
+        f"in a decode step: {profile.busy:.0%} of the profiled step{outside}; index logits take "
+        f"{profile.families['index logits']:.0f} us ({profile.share('index logits'):.1%} of the profiled step)"
+    )
+
+
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
 def notes(report: Report) -> list[str]:
     """A line for each profile, and the failures."""
-    profiles = [
-        f"{each.workload}, {Configuration(each.side, each.k)}: a decode step takes {each.profile.step_us / 1e3:.2f} ms "
-        f"under the profiler, the GPU works {each.profile.busy:.0%} of it, index logits take "
-        f"{each.profile.families['index logits']:.0f} us ({each.profile.share('index logits'):.1%})"
-        for each in report.profiles
-    ]
+    profiles = [_profile_note(report, each) for each in report.profiles]
     return profiles + [f"{what} failed: {why}" for what, why in report.failures.items()]

@@ -19,6 +19,7 @@ from vllm_mqa_sm90 import metrics, server
 from vllm_mqa_sm90.bench import output, trace
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept, server_arguments
 from vllm_mqa_sm90.bench.serve_report import PLUGIN, Configuration, Measurement, Profiled, Report
+from vllm_mqa_sm90.bench.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 from vllm_mqa_sm90.server import Process, Server, ServerError
 
@@ -87,8 +88,12 @@ class Run:
                 lambda seconds, line: self._progress.show(f"{at}: vllm serve starts, {seconds:.0f} s", line),
             )
             self._progress.step(f"{at}: server ready after {seconds:.0f} s")
+            cached: Workload | None = None  # whose prompts the server had last
             for job in jobs:
                 try:
+                    if job.workload != cached or not job.profiled:
+                        self._ask(job, running, env, rehearsal=True)
+                    cached = job.workload
                     result = self._profile(job, running, env) if job.profiled else self._measure(job, running, env)
                 except Exception as error:  # whatever it is, the others are still worth measuring
                     self._fail(str(job), error)
@@ -109,7 +114,6 @@ class Run:
         return env
 
     def _measure(self, job: Job, running: Server, env: dict[str, str]) -> Measurement:
-        self._ask(job, running, env, rehearsal=True)
         before = Drafts.read(running.get("/metrics"))
         client = self._ask(job, running, env, rehearsal=False)
         drafts = Drafts.read(running.get("/metrics")).since(before)
@@ -117,7 +121,6 @@ class Run:
 
     def _profile(self, job: Job, running: Server, env: dict[str, str]) -> Profiled:
         earlier = set(self._traces.iterdir())
-        self._ask(job, running, env, rehearsal=True)
         enough = _generated(running) + _TOKENS_BEFORE_PROFILE * job.workload.concurrency
         with self._client(job, running, env, rehearsal=False) as client:
             while _generated(running) < enough and not client.ended:
