@@ -2,7 +2,8 @@
 """Stands in for `vllm serve MODEL` and `vllm bench serve`, with their arguments and without a model.
 
 The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, on each of
-two engines. The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
+two engines. It always runs as many requests as --max-num-seqs lets it, and generates whenever it is asked for metrics.
+With a profiler a client's requests take a while. The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
 
 Environment: FAKE_LOG, a file that gets a line for each process; FAKE_TROUBLE, "WHAT: PATTERN" makes what has
 PATTERN in its line fail to start (`start`), fail (`fail`), leave a request out (`lose`), hang (`hang`), or take the
@@ -50,13 +51,15 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     k = 0
     requests = 0
+    metrics_read = 0
+    running = 0
     profiler = None
 
     def do_GET(self) -> None:
         if self.path == "/metrics":
             self.answer(self.metrics())
         else:
-            self.answer({"/health": "", "/k": str(self.k)}.get(self.path))
+            self.answer({"/health": "", "/k": str(self.k), "/profiler": str(self.profiler)}.get(self.path))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
@@ -88,7 +91,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(None)
 
     def metrics(self) -> str:
-        lines = [f'vllm:generation_tokens_total{{engine="0"}} {1000.0 * self.requests}']
+        Handler.metrics_read += 1
+        lines = [f'vllm:generation_tokens_total{{engine="0"}} {1000.0 * self.requests + 100 * self.metrics_read}']
+        lines.append(f'vllm:num_requests_running{{engine="0"}} {float(self.running)}')
         for engine in (0, 1) if self.k else ():
             lines.append(f'vllm:spec_decode_num_drafts_total{{engine="{engine}"}} {200.0 * self.requests}')
             lines.append(f'vllm:spec_decode_num_draft_tokens_total{{engine="{engine}"}} {200.0 * self.k * self.requests}')
@@ -113,8 +118,10 @@ def serve(words: list[str]) -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--speculative-config", type=json.loads, default={})
     parser.add_argument("--profiler-config", type=json.loads)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     args, _ = parser.parse_known_args(words)
     Handler.k, Handler.profiler = args.speculative_config.get("num_speculative_tokens", 0), args.profiler_config
+    Handler.running = args.max_num_seqs
     line = f"serve {os.environ['MQA_SM90']} k={Handler.k}"
     note(line)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -148,6 +155,8 @@ def bench(words: list[str]) -> None:
     if trouble("kill", line):
         call("/kill", {})
     call("/requests", {"requests": args.num_prompts})
+    if call("/profiler") != "None":
+        time.sleep(0.5)
     result = {
         "num_prompts": args.num_prompts,
         "completed": args.num_prompts - trouble("lose", line),

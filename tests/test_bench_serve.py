@@ -38,8 +38,8 @@ TWO = ("--workload", "4x1024:cached", "--workload", "2x8192")
     ("text", "workload", "requests", "output_tokens"),
     [
         ("32x8192", Workload(32, 8192), 64, 512),
-        ("32x8192:cached", Workload(32, 8192, cached=True), 32, 512),
-        ("1x1:cached", Workload(1, 1, cached=True), 4, 512),
+        ("32x8192:cached", Workload(32, 8192, cached=True), 32, 2048),
+        ("1x1:cached", Workload(1, 1, cached=True), 4, 2048),
         ("1xshort", Workload(1, "short"), 4, 64),
         ("32xhumaneval", Workload(32, "humaneval"), 128, 512),
     ],
@@ -78,6 +78,7 @@ def test_a_rehearsal_leaves_in_the_prefix_cache_what_a_cached_workload_asks_for_
     seeds = []
     for workload in (each for each in workloads.DEFAULT if each.random):
         rehearsal, measured = options(workload, rehearsal=True), options(workload, rehearsal=False)
+        assert int(rehearsal.pop("--random-output-len")) < int(measured.pop("--random-output-len"))
         assert (rehearsal == measured) == workload.cached
         seeds += {rehearsal["--seed"], measured["--seed"]}
         assert measured["--random-input-len"] == str(workload.content)
@@ -156,6 +157,8 @@ def test_acceptance_is_the_difference_over_all_engines() -> None:
         ("fused_moe_kernel", "MoE"),
         ("void sm90::decode::sparse_fp8::flash_fwd_splitkv_mla_fp8_sparse_kernel<cutlass::bfloat16_t>()", "sparse attention"),
         ("void smxx::decode::flash_fwd_mla_combine_kernel<cutlass::bfloat16_t>()", "sparse attention"),
+        ("void cutlass::device_kernel<flash::FlashAttnFwdCombine<cute::tuple<cute::C<8> >, 5> >()", "sparse attention"),
+        ("sparse_mla_index_remap_kernel", "sparse attention"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "GEMM"),
         ("void cublasLt::splitKreduce_kernel<32>()", "GEMM"),
         ("triton_poi_fused_add_0", "other"),
@@ -170,8 +173,9 @@ def kernel(name: str, start: float, duration: float, category: str = "kernel") -
     return {"cat": category, "name": name, "ts": start, "dur": duration}
 
 
-def step(start: float, name: str = "execute_context_0(0)_generation_4(12)") -> dict[str, object]:
-    return kernel(name, start, 5, "gpu_user_annotation")
+def step(start: float, name: str = "execute_context_0(0)_generation_4(12)", number: int | None = None) -> dict[str, object]:
+    event = kernel(name, start, 5, "gpu_user_annotation")
+    return event if number is None else {**event, "args": {"External id": number}}
 
 
 def test_profile_by_hand(tmp_path: Path) -> None:
@@ -193,6 +197,12 @@ def test_profile_by_hand(tmp_path: Path) -> None:
     assert found.families == dict.fromkeys((*FAMILIES, "other"), 0) | expected
     assert found.others == {"add": 2.5}
     assert found.share("index logits") == 25 / 110
+
+
+def test_a_step_on_several_streams_is_one() -> None:
+    streams = [step(start, number=start // 100) for start in (100, 130, 160, 200, 230, 300)]
+    found = trace.profile([*streams, kernel("gemm", 140, 30), kernel("gemm", 210, 50)])
+    assert (found.steps, found.step_us, found.busy_us) == (2, 100, 40)
 
 
 def test_trace_without_decode_steps_is_refused() -> None:
@@ -587,6 +597,14 @@ def test_a_server_without_a_profiler_loses_only_the_profile(world: World, monkey
     assert re.match(r"http://.*/start_profile answered 404", content["failures"]["4x1024:cached, stock k=0, profile"])
 
 
+def test_a_server_that_cannot_run_all_requests_at_once_loses_only_the_profile(world: World) -> None:
+    words = "--side", "stock", "-k", "0", "--quick", "--profile", "--", "--max-num-seqs", "3"
+    status, content = world.run(*words)
+    assert status == 1 and len(content["measurements"]) == 1 and content["profiles"] == []
+    message = "the requests ended before 4 ran at once; see --max-num-seqs"
+    assert content["failures"] == {"4x1024:cached, stock k=0, profile": message}
+
+
 def gone(pid: int) -> bool:
     """Whether the process ends soon (a zombie has ended: its parent is gone, and init reaps it)."""
     for _ in range(100):
@@ -796,7 +814,8 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
         assert (client["max_concurrency"], client["num_prompts"]) == (workload.concurrency, workload.requests)
         assert client["model"] == str(model) and client["port"] == 8123 and client["temperature"] == 0
         if workload.random:
-            assert (client["random_input_len"], client["random_output_len"]) == (1024, 512)
+            tokens = 2048 if workload.cached else 512
+            assert (client["random_input_len"], client["random_output_len"]) == (1024, tokens)
             assert client["dataset_name"] == "random" and client["random_range_ratio"] in ("0.0", 0.0)
         else:
             assert client["custom_output_len"] == workload.output_tokens

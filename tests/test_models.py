@@ -67,6 +67,8 @@ def serve_adaptive(scratch: Path) -> Server:
         ADAPTIVE,
         "--load-format", "dummy",
         "--cudagraph-capture-sizes", "4", "8", "16", "32",
+        # TileLang takes ten seconds for each of its kernels, and the warm-up has it compile dozens.
+        "--kernel-config", json.dumps({"enable_jit_warmup": False}),
         "--worker-extension-cls", "marking_worker.Extension",
         "--speculative-config", json.dumps(speculative),
         *V4,
@@ -75,14 +77,13 @@ def serve_adaptive(scratch: Path) -> Server:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[dict[str, Server]]:
-    """All of them, started together."""
+    """All of them, started together; each test waits for its own."""
     torch.cuda.empty_cache()  # what tests before this file's left
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
         running = {arch: stack.enter_context(serve_model(scratch, arch)) for arch in MODELS}
         if seams.release() >= (0, 29):  # before, vLLM's indexer refuses adaptive verification on Hopper
             running[ADAPTIVE] = stack.enter_context(serve_adaptive(scratch))
-        wait_ready(running.values(), START_SECONDS)
         yield running
 
 
@@ -91,6 +92,7 @@ def servers() -> Iterator[dict[str, Server]]:
 def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], arch: str) -> None:
     """Of uniform and of ragged steps. V4's eager steps skip the indexer up to 2048 tokens: all are kept."""
     server = servers[arch]
+    wait_ready([server], START_SECONDS)
     call(server, "mqa_sm90_start_comparing")
     before = call(server, "mqa_sm90_report")
     assert before["taken_over"]
@@ -113,6 +115,7 @@ def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], ar
 @pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM's indexer refuses adaptive verification on Hopper")
 def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server]) -> None:
     server = servers[ADAPTIVE]
+    wait_ready([server], START_SECONDS)
     before = json.loads(call(server, "mqa_sm90_marks"))
     assert before.get(CAPTURED + RAGGED_LOGITS, 0) > 0
     with ThreadPoolExecutor(6) as pool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from vllm_mqa_sm90.server import Process, Server, ServerError
 
 _PROFILED_STEPS = 24
 _PROFILE_SECONDS = 3.0  # in which these steps pass
-_TOKENS_BEFORE_PROFILE = 8  # of each request on average; steps that still prefill do not count
+_TOKENS_BEFORE_PROFILE = 8  # of each request on average, once all run
 
 
 def profiler_arguments(folder: Path, steps: int = _PROFILED_STEPS) -> list[str]:
@@ -121,19 +122,28 @@ class Run:
 
     def _profile(self, job: Job, running: Server, env: dict[str, str]) -> Profiled:
         earlier = set(self._traces.iterdir())
-        enough = _generated(running) + _TOKENS_BEFORE_PROFILE * job.workload.concurrency
         with self._client(job, running, env, rehearsal=False) as client:
-            while _generated(running) < enough and not client.ended:
-                time.sleep(0.1)
+            self._wait_decoding(job, running, client)
             running.command("/start_profile")
             time.sleep(_PROFILE_SECONDS)
             running.command("/stop_profile")
-            client.wait_done(self._timeout, lambda line: self._progress.show(str(job), line))
         traces = sorted(file for file in set(self._traces.iterdir()) - earlier if ".pt.trace.json" in file.name)
         if not traces:
             raise ServerError(f"the profiler: expected a trace in {self._traces}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
         return Profiled(job.at.side, job.at.k, str(job.workload), output.now(), trace.read(traces[0]))
+
+    def _wait_decoding(self, job: Job, running: Server, client: Process) -> None:
+        """Until all requests run and none prefills."""
+        concurrency, enough = job.workload.concurrency, math.inf
+        while (generated := _sum(running, "generation_tokens")) < enough:
+            if client.ended:
+                client.wait_done(self._timeout, lambda _: None)  # says why
+                raise ServerError(f"the requests ended before {concurrency} ran at once; see --max-num-seqs")
+            if enough == math.inf and _sum(running, "num_requests_running") >= concurrency:
+                enough = generated + _TOKENS_BEFORE_PROFILE * concurrency
+            self._progress.show(str(job), "waits for all requests to decode")
+            time.sleep(0.1)
 
     def _ask(self, job: Job, running: Server, env: dict[str, str], *, rehearsal: bool) -> dict[str, Any]:
         """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, or one of its requests."""
@@ -178,8 +188,8 @@ class Run:
         self._report.write(self._output / "serve.json")
 
 
-def _generated(running: Server) -> float:
-    return metrics.total(running.get("/metrics"), "vllm:generation_tokens")
+def _sum(running: Server, name: str) -> float:
+    return metrics.total(running.get("/metrics"), f"vllm:{name}")
 
 
 def _in_short(result: Measurement | Profiled) -> str:

@@ -20,7 +20,7 @@ FAMILIES = {
     "index logits": r"mqa_logits",
     "MoE": r"moe|expert|grouped_topk|topkgating",
     "top-k": r"top_?k",
-    "sparse attention": r"sparse_attn|flash_fwd|mla_combine|flashmla|flash_mla",
+    "sparse attention": r"sparse_attn|sparse_mla|flash_?(fwd|attn|mla)|mla_combine",
     "GEMM": r"gemm|nvjet|cublas|cutlass|splitk",
 }
 OTHER = "other"
@@ -80,17 +80,20 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
     """The profile in events of Chrome's trace format (`ts` and `dur` in microseconds).
 
     vLLM names each step after the requests in it, "execute_context_0(0)_generation_8(24)", and
-    PyTorch repeats the name over the step's kernels as a `gpu_user_annotation`.
+    PyTorch repeats the name over the step's kernels as a `gpu_user_annotation`: one on each of its
+    streams, all with the step's number as "External id".
     """
-    marks: list[tuple[float, bool]] = []
+    steps: dict[Any, tuple[float, bool]] = {}
     kernels: list[tuple[float, float, str]] = []
     for event in events:
         category = event.get("cat")
         if category == "gpu_user_annotation" and (step := _STEP.match(event["name"])):
-            marks.append((event["ts"], step[1] == "0"))
+            mark = event["ts"], step[1] == "0"
+            number = event.get("args", {}).get("External id", mark)
+            steps[number] = min(steps.get(number, mark), mark)
         elif category in _ON_GPU:
             kernels.append((event["ts"], event["dur"], event["name"]))
-    marks.sort()
+    marks = sorted(steps.values())
     kernels.sort()
     windows = [(start, end) for (start, decodes), (end, _) in pairwise(marks) if decodes]
     if not windows:

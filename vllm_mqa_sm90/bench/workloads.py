@@ -19,7 +19,8 @@ _SHORT_PROMPTS = tuple(
     for subject in ("tea", "rain", "a violin", "salt", "a bridge", "sleep", "glass", "the moon")
     for question in ("In one sentence, what is", "Where would I find", "What should a child know about")
 )
-_SHORT_TOKENS, _LONG_TOKENS = 64, 512
+# Of an answer: to a short question; else; where decoding is what is measured, and requests that come and go are not.
+_SHORT_TOKENS, _LONG_TOKENS, _DECODE_TOKENS = 64, 512, 2048
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Workload:
     @property
     def output_tokens(self) -> int:
         """Tokens of an answer; at most, where the model may end it."""
-        return _SHORT_TOKENS if self.content == SHORT else _LONG_TOKENS
+        return _SHORT_TOKENS if self.content == SHORT else _DECODE_TOKENS if self.cached else _LONG_TOKENS
 
     @property
     def requests(self) -> int:
@@ -86,19 +87,20 @@ class Workload:
 
         prompts: the JSON lines file with `prompts(rehearsal=rehearsal)`, if these are not None.
         rehearsal: what goes before and is not measured. It warms the server up, with prompts other
-        than the measured ones; for a cached workload with just these.
+        than the measured ones, for a cached workload with just these, and with short answers.
         ignore_eos: answers go on to `output_tokens`. Those to random prompts always do.
         """
         requests = self.concurrency if rehearsal and not self.cached else self.requests
+        tokens = _SHORT_TOKENS if rehearsal else self.output_tokens
         arguments = ["--max-concurrency", str(self.concurrency), "--num-prompts", str(requests), "--temperature", "0"]
         if self.random:
             # The seed is the workload's own: no other one leaves its prompts in the prefix cache.
             seed = 2 * (zlib.crc32(str(self).encode()) % 2**24) + (rehearsal and not self.cached)
             arguments += ["--dataset-name", "random", "--random-input-len", str(self.content), "--seed", str(seed)]
-            return [*arguments, "--random-output-len", str(self.output_tokens)]
+            return [*arguments, "--random-output-len", str(tokens)]
         arguments += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--disable-shuffle"]
         # Where there is a chat template to apply, the server does it: code goes on without.
-        arguments += ["--skip-chat-template", "--custom-output-len", str(self.output_tokens)]
+        arguments += ["--skip-chat-template", "--custom-output-len", str(tokens)]
         if self.content == SHORT:
             arguments += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
         return [*arguments, "--ignore-eos"] if ignore_eos else arguments
