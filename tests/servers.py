@@ -31,9 +31,14 @@ def wait_ready(running: Iterable[Server], seconds: float) -> None:
         list(pool.map(lambda server: server.wait_ready(seconds, lambda *_: None), running))
 
 
+def call_all(server: Server, method: str) -> list[Any]:
+    """What the workers answer."""
+    return server.post("/collective_rpc", {"method": method})["results"]
+
+
 def call(server: Server, method: str) -> Any:
     """What the first worker answers."""
-    return server.post("/collective_rpc", {"method": method})["results"][0]
+    return call_all(server, method)[0]
 
 
 def completion(prompts: Any, tokens: int) -> dict[str, Any]:
