@@ -244,7 +244,8 @@ def test_launches_by_hand() -> None:
 
 
 def measured(side: str, k: int, tokens_per_s: float, workload: str = "4x1024:cached") -> Measurement:
-    return Measurement(side, k, workload, 123.4, 5.678, tokens_per_s, 0.7 if k else None, [0.8, 0.6][:k], "2026-01-01", {})
+    times = 123.4, 12.34, 5.678
+    return Measurement(side, k, workload, *times, tokens_per_s, 0.7 if k else None, [0.8, 0.6][:k], "2026-01-01", {})
 
 
 def profiled(side: str, k: int) -> Profiled:
@@ -280,23 +281,23 @@ def test_ratios(report: Report, tmp_path: Path) -> None:
 def test_table(report: Report) -> None:
     lines = [" ".join(line.split()) for line in shown(report).splitlines()]
     assert lines[3:8] == [
-        "4x1024:cached stock k=0 123 5.68 200 - - 1.00 1.00",
-        "plugin k=0 123 5.68 204 - - 1.00 1.02",
-        "stock k=1 123 5.68 310 70.0 80.0 1.55 1.00",
-        "stock k=2 123 5.68 300 70.0 80.0 60.0 1.50 1.00",
-        "plugin k=2 123 5.68 459 70.0 80.0 60.0 2.25 1.53",
+        "4x1024:cached stock k=0 123 12.34 5.68 200 - - 1.00 1.00",
+        "plugin k=0 123 12.34 5.68 204 - - 1.00 1.02",
+        "stock k=1 123 12.34 5.68 310 70.0 80 1.55 1.00",
+        "stock k=2 123 12.34 5.68 300 70.0 80 60 1.50 1.00",
+        "plugin k=2 123 12.34 5.68 459 70.0 80 60 2.25 1.53",
     ]
-    assert lines[9] == "1xshort plugin k=2 123 5.68 50 70.0 80.0 60.0 - -"
+    assert lines[9] == "1xshort plugin k=2 123 12.34 5.68 50 70.0 80 60 - -"
 
 
 def test_longest_table_is_as_wide_as_a_terminal(report: Report) -> None:
-    longest = Measurement("plugin", 3, "8x131072:cached", 99999.0, 99.99, 99999.0, 1.0, [1.0, 0.95, 0.9], "", {})
+    longest = Measurement("plugin", 3, "8x131072:cached", 99999.0, 99.99, 99.99, 99999.0, 1.0, [1.0, 0.95, 0.9], "", {})
     report.measurements = [longest]
     assert "…" not in shown(report)
 
 
 def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
-    report.measurements[2].tpot_ms = 0.4737  # a step has 2.4 tokens
+    report.measurements[2].itl_ms = 1.137
     report.profiles[1].k = 3
     assert report.setting == "NVIDIA H100, driver 580.1; vllm 0.26.0; 2026-01-01"
     synthetic = "acceptance is NOT the model's: vLLM's synthetic one, set to 0.813, 0.63"
@@ -412,7 +413,7 @@ def test_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     drafting = content["measurements"][4]
     assert drafting["accepted"] == 0.7 and drafting["accepted_at"] == [0.8, 0.6]
-    assert (drafting["ttft_ms"], drafting["tpot_ms"], drafting["over_no_mtp"]) == (20, 5, 3)
+    assert [drafting[name] for name in ("ttft_ms", "itl_ms", "tpot_ms", "over_no_mtp")] == [20, 12, 5, 3]
     assert content["measurements"][0]["accepted"] is None
     assert [(each["side"], each["k"], each["profile"]["steps"]) for each in content["profiles"]] == [
         ("stock", 0, 2), ("plugin", 0, 2), ("stock", 2, 2), ("plugin", 2, 2),
@@ -425,7 +426,7 @@ def test_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     )
     captured = capsys.readouterr()
     assert "synthetic one, set to 0.813, 0.63" in captured.out
-    assert "plugin k=2   20 5.00    310 70.0   80.0 60.0 2.82  1.03" in captured.out
+    assert "plugin k=2 20 12.00 5.00 310 70.0 80 60 2.82 1.03" in " ".join(captured.out.split())
     assert "4x1024:cached, plugin k=2, profile: 2 steps profiled (about a minute left)\n" in captured.err
     assert "4x1024:cached, stock k=0: 100 tok/s (about a minute left)" in captured.err
     assert imread(world.output / "serve.png").shape[0] > 300

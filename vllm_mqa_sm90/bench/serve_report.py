@@ -41,7 +41,8 @@ class Measurement:
 
     Attributes:
         ttft_ms: median milliseconds to the first token.
-        tpot_ms: median milliseconds for each token after it.
+        itl_ms: median milliseconds from one message of a stream to the next: a decode step, of one or more tokens.
+        tpot_ms: median milliseconds for each token after the first.
         tokens_per_s: output tokens a second, of all requests together, prefill included.
         accepted: share of draft tokens that were accepted; None without drafts.
         accepted_at: share of drafts accepted at least up to each position.
@@ -53,6 +54,7 @@ class Measurement:
     k: int
     workload: str
     ttft_ms: float
+    itl_ms: float
     tpot_ms: float
     tokens_per_s: float
     accepted: float | None
@@ -68,6 +70,7 @@ class Measurement:
             k=at.k,
             workload=str(workload),
             ttft_ms=client["median_ttft_ms"],
+            itl_ms=client["median_itl_ms"],
             tpot_ms=client["median_tpot_ms"],
             tokens_per_s=client["output_throughput"],
             accepted=drafts.rate,
@@ -153,10 +156,10 @@ class Report:
         return None
 
     def gpu_share(self, profiled: Profiled) -> float | None:
-        """GPU time of a step under the profiler over a measured step, which is TPOT times its tokens; None: not measured."""
+        """GPU time of a step under the profiler, over the measured ITL; None: that was not measured."""
         for each in self.measurements:
             if (each.side, each.k, each.workload) == (profiled.side, profiled.k, profiled.workload):
-                return profiled.profile.busy_us / (1e3 * each.tpot_ms * (1 + sum(each.accepted_at)))
+                return profiled.profile.busy_us / (1e3 * each.itl_ms)
         return None
 
     @property
@@ -183,7 +186,8 @@ def table(report: Report) -> Table:
     result.add_column("workload", no_wrap=True)
     result.add_column("server", no_wrap=True)
     # With the longest cells of k=3 just 80 wide.
-    for heading in ("TTFT\nms", "TPOT\nms", "output\ntok/s", "acc.\n%", "by position\n%", "x no\nMTP", "x\nstock"):
+    columns = "TTFT\nms", "ITL\nms", "TPOT\nms", "output\ntok/s", "acc.\n%", "by position\n%", "x no\nMTP", "x\nstock"
+    for heading in columns:
         result.add_column(heading, justify="right", no_wrap=True)
     previous = ""
     for each in _by_workload(report):
@@ -193,10 +197,11 @@ def table(report: Report) -> Table:
             each.workload if each.workload != previous else "",
             str(Configuration(each.side, each.k)),
             f"{each.ttft_ms:.0f}",
+            f"{each.itl_ms:.2f}",
             f"{each.tpot_ms:.2f}",
             f"{each.tokens_per_s:.0f}",
             "-" if each.accepted is None else f"{100 * each.accepted:.1f}",
-            " ".join(f"{100 * share:.1f}" for share in each.accepted_at) or "-",
+            " ".join(f"{100 * share:.0f}" for share in each.accepted_at) or "-",
             _ratio(report.over_no_mtp(each)),
             _ratio(report.over_stock(each)),
         )
