@@ -150,17 +150,17 @@ class Report:
         return self._over(measurement, STOCK, measurement.k)
 
     def _over(self, measurement: Measurement, side: str, k: int) -> float | None:
-        for other in self.measurements:
-            if (other.side, other.k, other.workload) == (side, k, measurement.workload):
-                return measurement.tokens_per_s / other.tokens_per_s
-        return None
+        other = self._measured(side, k, measurement.workload)
+        return None if other is None else measurement.tokens_per_s / other.tokens_per_s
 
     def gpu_share(self, profiled: Profiled) -> float | None:
         """GPU time of a step under the profiler, over the measured ITL; None: that was not measured."""
-        for each in self.measurements:
-            if (each.side, each.k, each.workload) == (profiled.side, profiled.k, profiled.workload):
-                return profiled.profile.busy_us / (1e3 * each.itl_ms)
-        return None
+        measurement = self._measured(profiled.side, profiled.k, profiled.workload)
+        return None if measurement is None else profiled.profile.busy_us / (1e3 * measurement.itl_ms)
+
+    def _measured(self, side: str, k: int, workload: str) -> Measurement | None:
+        found = (each for each in self.measurements if (each.side, each.k, each.workload) == (side, k, workload))
+        return next(found, None)
 
     @property
     def setting(self) -> str:

@@ -92,7 +92,7 @@ class Run:
             cached: Workload | None = None  # whose prompts the server had last
             for job in jobs:
                 try:
-                    if job.workload != cached or not job.profiled:
+                    if job.workload != cached:
                         self._ask(job, running, env, rehearsal=True)
                     cached = job.workload
                     result = self._profile(job, running, env) if job.profiled else self._measure(job, running, env)
@@ -136,11 +136,11 @@ class Run:
     def _wait_decoding(self, job: Job, running: Server, client: Process) -> None:
         """Until all requests run and none prefills."""
         concurrency, enough = job.workload.concurrency, math.inf
-        while (generated := _sum(running, "generation_tokens")) < enough:
+        while (generated := metrics.total(text := running.get("/metrics"), "vllm:generation_tokens")) < enough:
             if client.ended:
                 client.wait_done(self._timeout, lambda _: None)  # says why
                 raise ServerError(f"the requests ended before {concurrency} ran at once; see --max-num-seqs")
-            if enough == math.inf and _sum(running, "num_requests_running") >= concurrency:
+            if enough == math.inf and metrics.total(text, "vllm:num_requests_running") >= concurrency:
                 enough = generated + _TOKENS_BEFORE_PROFILE * concurrency
             self._progress.show(str(job), "waits for all requests to decode")
             time.sleep(0.1)
@@ -186,10 +186,6 @@ class Run:
         self._report.measurements = [each for each in self._results.values() if isinstance(each, Measurement)]
         self._report.profiles = [each for each in self._results.values() if isinstance(each, Profiled)]
         self._report.write(self._output / "serve.json")
-
-
-def _sum(running: Server, name: str) -> float:
-    return metrics.total(running.get("/metrics"), f"vllm:{name}")
 
 
 def _in_short(result: Measurement | Profiled) -> str:
