@@ -11,7 +11,7 @@ import pytest
 import torch
 import vllm
 
-from vllm_mqa_sm90 import check, cli, plugin, seams
+from vllm_mqa_sm90 import check, cli, machine, plugin, seams
 
 
 def check_json() -> subprocess.CompletedProcess[str]:
@@ -99,10 +99,40 @@ def test_gpus_are_those_of_nvidia_smi(
     tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 580.65.06'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     run()
     assert "NVIDIA H100 80GB HBM3, compute capability 9.0, driver 580.65.06" in capsys.readouterr().out
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert check.examine()["gpus"] == []
+
+
+# Two GPUs; of a MIG part it says nothing.
+NVIDIA_SMI = """\
+#!/bin/sh
+case "$1" in --id=MIG*) exit 6;; --id=0) ;; *) echo 'NVIDIA A10, 8.6, 580.65.06';; esac
+case "$1" in --id=1) ;; *) echo 'NVIDIA H200, 9.0, 580.65.06';; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "listed"),
+    [
+        (None, {"8.6", "9.0"}), ("", {"8.6", "9.0"}), ("0", {"9.0"}), ("1", {"8.6"}), ("1,0", {"8.6", "9.0"}),
+        ("MIG-1c2d", {"8.6", "9.0"}),
+    ],
+)  # fmt: skip
+def test_gpus_are_those_that_are_visible(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None, listed: set[str]
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(NVIDIA_SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert {gpu["compute_cap"] for gpu in machine.gpus()} == listed
 
 
 def test_command_runs_the_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

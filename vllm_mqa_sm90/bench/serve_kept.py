@@ -84,7 +84,7 @@ class Kept:
             "environment": {
                 name: hashlib.sha256(value.encode()).hexdigest()
                 for name, value in os.environ.items()
-                if name.startswith(("VLLM_", "CUDA_VISIBLE_DEVICES"))
+                if name.startswith("VLLM_")
             },
             "side": job.at.side,
             "plugin": {name: _digest(package / name) for name in _PLUGIN_FILES} if job.at.side == PLUGIN else None,

@@ -167,7 +167,7 @@ class Report:
         """The run in one line."""
         gpu = self.gpus[0]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        count = f" ({len(self.gpus)} in the machine)" if len(self.gpus) > 1 else ""
+        count = f" ({len(self.gpus)} visible)" if len(self.gpus) > 1 else ""
         return f"{gpu['name']}{count}, driver {gpu['driver_version']}; {versions}; {self.date[:10]}"
 
     @property
