@@ -136,7 +136,7 @@ def bench(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     for name in ("--model", "--host", "--result-filename", "--dataset-name", "--dataset-path", "--random-input-len"):
         parser.add_argument(name)
-    for name in ("--port", "--num-prompts", "--max-concurrency", "--seed"):
+    for name in ("--port", "--num-prompts", "--max-concurrency", "--seed", "--random-output-len"):
         parser.add_argument(name, type=int)
     args, _ = parser.parse_known_args(words)
 
@@ -146,8 +146,8 @@ def bench(words: list[str]) -> None:
 
     k = int(call("/k"))
     what = args.random_input_len or Path(args.dataset_path).read_text().count("\n")
-    line = f"bench {os.environ['MQA_SM90']} k={k} {args.max_concurrency}x{what} n={args.num_prompts} seed={args.seed}"
-    note(line)
+    line = f"bench {os.environ['MQA_SM90']} k={k} {args.max_concurrency}x{what} n={args.num_prompts}"
+    note(f"{line} seed={args.seed} tokens={args.random_output_len}")
     if trouble("hang", line):
         time.sleep(600)
     if trouble("fail", line):
@@ -168,8 +168,13 @@ def bench(words: list[str]) -> None:
     Path(args.result_filename).write_text(json.dumps(result))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """What vLLM's command does with sys.argv."""
     if sys.argv[1] == "serve":
         serve(sys.argv[2:])
     else:
         bench(sys.argv[3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -19,15 +19,16 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from vllm_mqa_sm90 import bench, checkpoint, cli, machine, server
-from vllm_mqa_sm90.bench import serve, serve_kept, serve_plot, serve_run, trace, workloads
+from vllm_mqa_sm90.bench import clients, serve, serve_kept, serve_plot, serve_run, trace, workloads
 from vllm_mqa_sm90.bench.serve_report import Configuration, Measurement, Profiled, Report, notes, table
 from vllm_mqa_sm90.bench.trace import FAMILIES, Profile
 from vllm_mqa_sm90.bench.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 
 FAKE = str(Path(__file__).with_name("fake_vllm.py"))
+FAKE_PATH = os.pathsep.join(filter(None, [str(Path(FAKE).parent), os.environ.get("PYTHONPATH")]))
 GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
-REAL_SERVE, REAL_BENCH = server.vllm_serve, server.vllm_bench_serve
+REAL_SERVE, REAL_CLI = server.vllm_serve, clients.CLI
 TWO = ("--workload", "4x1024:cached", "--workload", "2x8192")
 
 
@@ -311,7 +312,7 @@ def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
     ]
     report.acceptance, report.gpus = None, [GPU, GPU]
     assert report.conditions == "model with --x 1; acceptance is that of the model's own drafts"
-    assert report.setting.startswith("NVIDIA H100 (2 in the machine), driver ")
+    assert report.setting.startswith("NVIDIA H100 (2 visible), driver ")
 
 
 def test_plots(report: Report, tmp_path: Path) -> None:
@@ -362,16 +363,8 @@ class World:
         """What was started since the last call, without the rehearsals."""
         lines = re.sub(r" pid=\d+", "", self.log.read_text()).splitlines()
         self.log.write_text("")
-        found, rehearsed = [], set()
-        for line in (re.sub(" seed=.*", "", line) for line in lines if line != "child"):
-            workload = line.partition(" n=")[0]
-            if line.startswith("serve"):
-                rehearsed.clear()
-            elif workload not in rehearsed:  # what a server is asked first
-                rehearsed.add(workload)
-                continue
-            found.append(line)
-        return found
+        rehearsals = [line for line in lines if line.endswith(f"tokens={workloads._SHORT_TOKENS}")]
+        return [re.sub(" seed=.*", "", line) for line in lines if line != "child" and line not in rehearsals]
 
 
 @pytest.fixture
@@ -380,7 +373,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("FAKE_LOG", str(found.log))
     monkeypatch.setattr(machine, "gpus", lambda: [GPU])
     monkeypatch.setattr(server, "vllm_serve", lambda *words: [sys.executable, FAKE, *REAL_SERVE(*words)[3:]])
-    monkeypatch.setattr(server, "vllm_bench_serve", lambda *words: [sys.executable, FAKE, *REAL_BENCH(*words)[3:]])
+    monkeypatch.setattr(clients, "CLI", Path(FAKE).stem)
+    monkeypatch.setenv("PYTHONPATH", FAKE_PATH)
     monkeypatch.setattr(serve_run, "_PROFILE_SECONDS", 0.1)
     handler = signal.getsignal(signal.SIGTERM)
     yield found
@@ -442,15 +436,18 @@ def test_server_and_client_get_what_they_need(world: World, monkeypatch: pytest.
         return start(command, *rest, env=env, **options)
 
     monkeypatch.setattr(server.subprocess, "Popen", popen)
+    runs, run = [], clients.Clients.run
+    monkeypatch.setattr(clients.Clients, "run", lambda self, words, log: runs.append(words) or run(self, words, log))
     world.run("--side", "plugin", "-k", "1", "--quick", "--acceptance", "0.9,0.5", "--", "--tensor-parallel-size", "2")
-    speculative = json.loads(commands[0][commands[0].index("--speculative-config") + 1])
+    _, command = commands  # of the clients, of the server
+    speculative = json.loads(command[command.index("--speculative-config") + 1])
     assert speculative == {
         "method": "mtp", "num_speculative_tokens": 1,
         "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.9],
     }  # fmt: skip
-    assert commands[0][-2:] == ["--tensor-parallel-size", "2"]
-    assert "--profiler-config" not in commands[0]
-    assert len(commands) == 3 and all(str(world.model) in command for command in commands)
+    assert command[-2:] == ["--tensor-parallel-size", "2"]
+    assert "--profiler-config" not in command
+    assert all(str(world.model) in words for words in (command, *runs)) and len(runs) == 3
     for env in environments:
         assert env["MQA_SM90"] == "require" and env["HOME"].startswith(str(world.output)) and env["HF_HUB_OFFLINE"] == "1"
 
@@ -474,6 +471,17 @@ def test_real_weights_draft_for_themselves(world: World) -> None:
     assert json.loads(kept.read_text())["depends_on"]["server"] == [
         "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}',
     ]  # fmt: skip
+
+
+def test_what_is_measured_is_rehearsed(world: World) -> None:
+    """New prompts with others; cached ones twice: to be in the cache, and to be found there."""
+    world.run("--side", "stock", "-k", "0", *TWO)
+    clients = re.findall(r"bench off k=0 (\S+) n=(\d+) seed=(\d+) tokens=(\d+)", world.log.read_text())
+    assert [(what, n, tokens) for what, n, _, tokens in clients] == [
+        ("4x1024", "4", "64"), ("4x1024", "4", "64"), ("4x1024", "4", "2048"), ("2x8192", "2", "64"), ("2x8192", "4", "512"),
+    ]  # fmt: skip
+    seeds = [seed for _, _, seed, _ in clients]
+    assert len(set(seeds[:3])) == 1 and len(set(seeds[2:])) == 3
 
 
 def test_text_prompts_reach_the_client(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +511,7 @@ def test_results_are_kept(world: World, capsys: pytest.CaptureFixture[str]) -> N
     ("change", "redone"),
     [
         ("arguments", "both"), ("acceptance", "both"), ("version", "both"), ("checkpoint", "both"), ("gpu", "both"),
-        ("environment", "both"), ("library", "plugin"), ("output", "neither"),
+        ("environment", "both"), ("library", "plugin"), ("output", "neither"), ("another such gpu", "neither"),
     ],
 )  # fmt: skip
 def test_a_result_counts_only_for_what_it_was_measured_with(
@@ -522,6 +530,8 @@ def test_a_result_counts_only_for_what_it_was_measured_with(
         (world.model / "config.json").write_text('{"num_hidden_layers": 16}')
     elif change == "gpu":
         monkeypatch.setattr(machine, "gpus", lambda: [GPU, GPU])
+    elif change == "another such gpu":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     elif change == "environment":
         monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASHMLA_SPARSE")
     elif change == "library":
@@ -591,6 +601,16 @@ def test_a_client_that_hangs_is_stopped(world: World, monkeypatch: pytest.Monkey
     assert content["failures"]["4x1024:cached, stock k=0"].startswith("it was not done after 3 s")
 
 
+def test_a_client_that_cannot_be_imported(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "CLI", "no_such_client")
+    status, content = world.run("--side", "stock", "-k", "0", *TWO)
+    assert status == 1 and content["measurements"] == []
+    for workload in ("4x1024:cached", "2x8192"):
+        why = content["failures"][f"{workload}, stock k=0"]
+        assert why.startswith("vLLM's client cannot be imported; its log ends with")
+        assert why.endswith("\n  ModuleNotFoundError: No module named 'no_such_client'")
+
+
 def test_a_server_without_a_profiler_loses_only_the_profile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_run, "profiler_arguments", lambda folder: [])
     status, content = world.run("--side", "stock", "-k", "0", "--quick", "--profile")
@@ -624,10 +644,10 @@ def test_killed_and_run_again_only_what_is_missing_runs(world: World, sent: sign
     program = f"""
 import sys
 from vllm_mqa_sm90 import cli, machine, server
-serve, bench = server.vllm_serve, server.vllm_bench_serve
+from vllm_mqa_sm90.bench import clients
+serve, clients.CLI = server.vllm_serve, {Path(FAKE).stem!r}
 machine.gpus = lambda: [{GPU!r}]
 server.vllm_serve = lambda *words: [sys.executable, {FAKE!r}, *serve(*words)[3:]]
-server.vllm_bench_serve = lambda *words: [sys.executable, {FAKE!r}, *bench(*words)[3:]]
 sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(world.output)!r}, *{words!r}]))
 """
     env = {**os.environ, "FAKE_TROUBLE": "hang: require k=0 2x8192"}
@@ -639,7 +659,7 @@ sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(worl
     _, errors = running.communicate(timeout=60)
     pids = list(map(int, re.findall(r"pid=(\d+)", world.log.read_text())))
     if sent == signal.SIGKILL:  # nobody is left to stop the last server, its child, and the client
-        for pid in pids[-5:]:
+        for pid in pids[-6:]:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
     else:
@@ -786,15 +806,17 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
     commands = []
     for k in (0, 1, 2, 3):
         words = serve_kept.server_arguments(Configuration("plugin", k), report)
-        commands.append(REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path)))
+        command = REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path))
+        assert command[1:3] == ["-m", REAL_CLI]
+        commands.append(command[3:])
     chosen = [Workload.parse(text) for text in ("8x1024", "8x1024:cached", "2xshort", "3xhumaneval")]
     for workload in chosen:
         words = workload.arguments(tmp_path / "p.jsonl", rehearsal=False, ignore_eos=True)
-        commands.append(REAL_BENCH(model, 8123, *words, "--save-result", "--result-filename", "r.json"))
-    assert all(command[1:3] == ["-m", "vllm.entrypoints.cli.main"] for command in commands)
+        words += ["--save-result", "--result-filename", "r.json"]
+        commands.append(serve_run.bench_arguments(str(model), 8123, words))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("parse_commands.py"))],
-        input=json.dumps([command[3:] for command in commands]),
+        input=json.dumps(commands),
         env={**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"},
         capture_output=True,
         text=True,
@@ -825,7 +847,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
 
 def test_vllms_client_and_its_figures(world: World, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The installed `vllm bench serve` itself, against the stand-in of the server."""
-    monkeypatch.setattr(server, "vllm_bench_serve", REAL_BENCH)
+    monkeypatch.setattr(clients, "CLI", REAL_CLI)
     world.model = model
     status, content = world.run("--side", "stock", "-k", "2", "--acceptance", "0.8,0.6", "--workload", "2x16:cached")
     assert status == 0, content["failures"]

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` of our own: started on a free loopback port, waited for, asked, and stopped whole.
-
-And vLLM's client, `vllm bench serve`, as a process that is stopped as whole.
-"""
+"""A `vllm serve` of our own: started on a free loopback port, waited for, asked, and stopped whole."""
 
 from __future__ import annotations
 
@@ -49,12 +46,6 @@ def vllm_serve(model: Path, port: int, *arguments: str) -> list[str]:
     return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
 
 
-def vllm_bench_serve(model: Path, port: int, *arguments: str) -> list[str]:
-    """The command of `vllm bench serve` against the server of `vllm_serve`, by module too."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--model", str(model)]
-    return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
-
-
 def speculative_config(tokens: int, acceptance: Sequence[float] | None = None) -> dict[str, Any]:
     """vLLM's --speculative-config for `tokens` tokens a step from the model's own MTP layer.
 
@@ -90,19 +81,31 @@ def environment(scratch: Path, **variables: str) -> dict[str, str]:
     return env | variables
 
 
+def start(
+    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """The process of a command that says all to `log`, at the head of a process group of its own."""
+    with log.open("wb") as output:
+        # A session of its own: Ctrl-C reaches us alone, and we stop the group.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
+
+
 class Process:
-    """One process with everything it starts, as a context manager.
+    """A process that `start` started, or one like it, with everything that it starts, as a context manager.
 
     Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str] | None = None, *, grace: float = 30.0):
-        self._log, self._grace = log, grace
-        with log.open("wb") as output:
-            # A session of its own: Ctrl-C reaches us alone, and we stop the group.
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+    def __init__(self, process: Any, log: Path, *, grace: float = 30.0):
+        self._process, self._log, self._grace = process, log, grace
 
     def __enter__(self: _Self) -> _Self:  # typing.Self is of Python 3.11
         return self
@@ -199,7 +202,7 @@ class Server(Process):
         grace: float = 30.0,
         timeout: float = 600.0,
     ):
-        super().__init__(command, log, env, grace=grace)
+        super().__init__(start(command, log, env), log, grace=grace)
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self._timeout = timeout
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of `bench serve`: a server for each configuration, vLLM's client for each workload."""
+"""The runs of `bench serve`: a server for each configuration, a run of vLLM's client for each workload."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_mqa_sm90 import metrics, server
 from vllm_mqa_sm90.bench import output, trace
+from vllm_mqa_sm90.bench.clients import Clients
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept, server_arguments
 from vllm_mqa_sm90.bench.serve_report import PLUGIN, Configuration, Measurement, Profiled, Report
 from vllm_mqa_sm90.bench.workloads import Workload
@@ -42,15 +43,19 @@ def profiler_arguments(folder: Path, steps: int = _PROFILED_STEPS) -> list[str]:
     return ["--profiler-config", json.dumps(config)]
 
 
+def bench_arguments(model: str, port: int, arguments: Sequence[str]) -> list[str]:
+    """Of the command `vllm`, for its client against a server of ours."""
+    return ["bench", "serve", "--model", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
+
+
 class Run:
     """Fills a report, and writes it as serve.json into `output` after each result."""
 
     def __init__(self, report: Report, kept: Kept, output: Path, timeout: float) -> None:
         self._report, self._kept, self._output, self._timeout = report, kept, output, timeout
         self._results: dict[Job, Measurement | Profiled | None] = {}  # in the order of the report
-        self._logs, self._traces = output / "logs", output / "traces"
-        for folder in (self._logs, self._traces):
-            folder.mkdir(exist_ok=True)
+        self._logs = output / "logs"
+        self._logs.mkdir(exist_ok=True)
 
     def do(self, jobs: Sequence[Job], *, fresh: bool) -> None:
         """Finds out what the jobs ask for. Unless `fresh`, results of earlier runs count.
@@ -81,9 +86,10 @@ class Run:
         env, port = self._environment(at), server.free_port()
         arguments = server_arguments(at, self._report)
         if any(job.profiled for job in jobs):
-            arguments = [*arguments, *profiler_arguments(self._traces)]
+            arguments = [*arguments, *profiler_arguments(self._traces(at))]
         command = server.vllm_serve(Path(self._report.model), port, *arguments)
-        with Server(command, port, self._logs / f"{at.stem}.log", env) as running:
+        clients_log = self._logs / f"{at.stem}-clients.log"
+        with Clients(clients_log, env) as clients, Server(command, port, self._logs / f"{at.stem}.log", env) as running:
             seconds = running.wait_ready(
                 self._timeout,
                 lambda seconds, line: self._progress.show(f"{at}: vllm serve starts, {seconds:.0f} s", line),
@@ -92,10 +98,12 @@ class Run:
             cached: Workload | None = None  # whose prompts the server had last
             for job in jobs:
                 try:
-                    if job.workload != cached:
-                        self._ask(job, running, env, rehearsal=True)
+                    # Prompts have to be in the cache, and what runs where they are found there has to be compiled.
+                    for _ in range(0 if job.workload == cached else 2 if job.workload.cached else 1):
+                        self._ask(job, running, clients, rehearsal=True)
                     cached = job.workload
-                    result = self._profile(job, running, env) if job.profiled else self._measure(job, running, env)
+                    find_out = self._profile if job.profiled else self._measure
+                    result = find_out(job, running, clients)
                 except Exception as error:  # whatever it is, the others are still worth measuring
                     self._fail(str(job), error)
                     running.get("/health")  # a server that died is not asked again
@@ -114,24 +122,30 @@ class Run:
             env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
         return env
 
-    def _measure(self, job: Job, running: Server, env: dict[str, str]) -> Measurement:
+    def _measure(self, job: Job, running: Server, clients: Clients) -> Measurement:
         before = Drafts.read(running.get("/metrics"))
-        client = self._ask(job, running, env, rehearsal=False)
+        client = self._ask(job, running, clients, rehearsal=False)
         drafts = Drafts.read(running.get("/metrics")).since(before)
         return Measurement.of(job.at, job.workload, client, drafts, output.now())
 
-    def _profile(self, job: Job, running: Server, env: dict[str, str]) -> Profiled:
-        earlier = set(self._traces.iterdir())
-        with self._client(job, running, env, rehearsal=False) as client:
+    def _profile(self, job: Job, running: Server, clients: Clients) -> Profiled:
+        folder = self._traces(job.at)
+        earlier = set(folder.iterdir())
+        with self._client(job, running, clients, rehearsal=False) as client:
             self._wait_decoding(job, running, client)
             running.command("/start_profile")
             time.sleep(_PROFILE_SECONDS)
             running.command("/stop_profile")
-        traces = sorted(file for file in set(self._traces.iterdir()) - earlier if ".pt.trace.json" in file.name)
+        traces = sorted(file for file in set(folder.iterdir()) - earlier if ".pt.trace.json" in file.name)
         if not traces:
-            raise ServerError(f"the profiler: expected a trace in {self._traces}, found none; see {self._logs}")
+            raise ServerError(f"the profiler: expected a trace in {folder}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
         return Profiled(job.at.side, job.at.k, str(job.workload), output.now(), trace.read(traces[0]))
+
+    def _traces(self, at: Configuration) -> Path:
+        folder = self._output / "traces" / at.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _wait_decoding(self, job: Job, running: Server, client: Process) -> None:
         """Until all requests run and none prefills."""
@@ -145,9 +159,9 @@ class Run:
             self._progress.show(str(job), "waits for all requests to decode")
             time.sleep(0.1)
 
-    def _ask(self, job: Job, running: Server, env: dict[str, str], *, rehearsal: bool) -> dict[str, Any]:
+    def _ask(self, job: Job, running: Server, clients: Clients, *, rehearsal: bool) -> dict[str, Any]:
         """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, or one of its requests."""
-        with self._client(job, running, env, rehearsal=rehearsal) as client:
+        with self._client(job, running, clients, rehearsal=rehearsal) as client:
             what = f"{job}, rehearsal" if rehearsal else str(job)
             client.wait_done(self._timeout, lambda line: self._progress.show(what, line))
         result = json.loads(self._client_file(job, "json").read_text())
@@ -158,20 +172,18 @@ class Run:
             )
         return result
 
-    def _client(self, job: Job, running: Server, env: dict[str, str], *, rehearsal: bool) -> Process:
+    def _client(self, job: Job, running: Server, clients: Clients, *, rehearsal: bool) -> Process:
         prompts = job.workload.prompts(rehearsal=rehearsal)
         prompts_file = self._client_file(job, "jsonl")
         if prompts is not None:
             prompts_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
         result_file = self._client_file(job, "json")
         result_file.unlink(missing_ok=True)
-        command = server.vllm_bench_serve(
-            Path(self._report.model),
-            running.port,
-            *job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=self._report.acceptance is not None),
-            *("--save-result", "--result-filename", str(result_file.resolve())),
-        )
-        return Process(command, self._client_file(job, "log"), env)
+        ignore_eos = self._report.acceptance is not None
+        arguments = job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=ignore_eos)
+        arguments += ["--save-result", "--result-filename", str(result_file.resolve())]
+        command = bench_arguments(self._report.model, running.port, arguments)
+        return clients.run(command, self._client_file(job, "log"))
 
     def _client_file(self, job: Job, suffix: str) -> Path:
         return self._logs / f"{job.stem}.{suffix}"
