@@ -30,7 +30,8 @@ class Clients(Process):
         self._connection, theirs = Pipe()
         command = [sys.executable, str(_PROGRAM), str(theirs.fileno()), CLI]
         with theirs:
-            super().__init__(start(command, log, env, pass_fds=[theirs.fileno()]), log)
+            # It has nothing to finish: no grace.
+            super().__init__(start(command, log, env, pass_fds=[theirs.fileno()]), log, grace=0)
 
     def run(self, arguments: Sequence[str], log: Path) -> Process:
         """A run of the command `vllm` with these arguments; one at a time. ServerError if the imports failed."""
@@ -40,11 +41,6 @@ class Clients(Process):
             return Process(_Fork(self._connection), log)
         except (EOFError, OSError) as error:
             raise self._error("vLLM's client cannot be imported") from error
-
-    def stop(self) -> None:
-        """Also ends it where SIGINT is ignored."""
-        self._connection.close()
-        super().stop()
 
 
 class _Fork:
