@@ -32,7 +32,8 @@ DSPARK = {
 }
 
 
-def serve(scratch: Path, name: str, *arguments: str) -> Server:
+def serve(scratch: Path, name: str, *arguments: str, tokens: int = 2048) -> Server:
+    """`tokens`: of a step."""
     return start(
         scratch,
         name,
@@ -41,7 +42,7 @@ def serve(scratch: Path, name: str, *arguments: str) -> Server:
         "--served-model-name", MODEL,
         "--max-model-len", "16384",
         "--max-num-seqs", "8",
-        "--max-num-batched-tokens", "2048",
+        "--max-num-batched-tokens", str(tokens),
         "--long-prefill-token-threshold", str(CHUNK),
         "--no-enable-prefix-caching",
         "--gpu-memory-utilization", "0.05",
@@ -72,6 +73,8 @@ def serve_adaptive(scratch: Path) -> Server:
         "--worker-extension-cls", "marking_worker.Extension",
         "--speculative-config", json.dumps(speculative),
         *V4,
+        # Most steps of prefills have as many then, and kernels are compiled for how many.
+        tokens=CHUNK,
     )  # fmt: skip
 
 
