@@ -18,9 +18,14 @@ def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> S
     port = free_port()
     command = vllm_serve(scratch / model, port, *arguments)
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    # Of hundreds of kernels that DeepGEMM would compile at the start, a test needs a few.
-    variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_DEEP_GEMM_WARMUP": "skip"}
-    env = environment(scratch, MQA_SM90=mode, PYTHONPATH=path, **variables)
+    env = environment(
+        scratch,
+        MQA_SM90=mode,
+        PYTHONPATH=path,
+        VLLM_SERVER_DEV_MODE="1",
+        # Of hundreds of kernels that DeepGEMM would compile at the start, a test needs a few.
+        VLLM_DEEP_GEMM_WARMUP="skip",
+    )
     return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
 
 

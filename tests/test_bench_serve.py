@@ -26,9 +26,8 @@ from vllm_mqa_sm90.bench.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 
 FAKE = str(Path(__file__).with_name("fake_vllm.py"))
-FAKE_PATH = os.pathsep.join(filter(None, [str(Path(FAKE).parent), os.environ.get("PYTHONPATH")]))
 GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
-REAL_SERVE, REAL_CLI = server.vllm_serve, clients.CLI
+REAL_SERVE = server.vllm_serve
 TWO = ("--workload", "4x1024:cached", "--workload", "2x8192")
 
 
@@ -363,8 +362,8 @@ class World:
         """What was started since the last call, without the rehearsals."""
         lines = re.sub(r" pid=\d+", "", self.log.read_text()).splitlines()
         self.log.write_text("")
-        rehearsals = [line for line in lines if line.endswith(f"tokens={workloads._SHORT_TOKENS}")]
-        return [re.sub(" seed=.*", "", line) for line in lines if line != "child" and line not in rehearsals]
+        rehearsal = f"tokens={workloads._SHORT_TOKENS}"
+        return [re.sub(" seed=.*", "", line) for line in lines if line != "child" and not line.endswith(rehearsal)]
 
 
 @pytest.fixture
@@ -374,7 +373,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(machine, "gpus", lambda: [GPU])
     monkeypatch.setattr(server, "vllm_serve", lambda *words: [sys.executable, FAKE, *REAL_SERVE(*words)[3:]])
     monkeypatch.setattr(clients, "CLI", Path(FAKE).stem)
-    monkeypatch.setenv("PYTHONPATH", FAKE_PATH)
+    monkeypatch.setenv("PYTHONPATH", str(Path(FAKE).parent), prepend=os.pathsep)
     monkeypatch.setattr(serve_run, "_PROFILE_SECONDS", 0.1)
     handler = signal.getsignal(signal.SIGTERM)
     yield found
@@ -807,7 +806,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
     for k in (0, 1, 2, 3):
         words = serve_kept.server_arguments(Configuration("plugin", k), report)
         command = REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path))
-        assert command[1:3] == ["-m", REAL_CLI]
+        assert command[1:3] == ["-m", "vllm.entrypoints.cli.main"]
         commands.append(command[3:])
     chosen = [Workload.parse(text) for text in ("8x1024", "8x1024:cached", "2xshort", "3xhumaneval")]
     for workload in chosen:
@@ -847,7 +846,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
 
 def test_vllms_client_and_its_figures(world: World, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The installed `vllm bench serve` itself, against the stand-in of the server."""
-    monkeypatch.setattr(clients, "CLI", REAL_CLI)
+    monkeypatch.setattr(clients, "CLI", server.CLI)
     world.model = model
     status, content = world.run("--side", "stock", "-k", "2", "--acceptance", "0.8,0.6", "--workload", "2x16:cached")
     assert status == 0, content["failures"]

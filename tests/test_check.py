@@ -92,22 +92,26 @@ def test_no_vllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert "vLLM cannot be imported: No module named 'vllm'" in capsys.readouterr().out
 
 
-def test_gpus_are_those_of_nvidia_smi(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where to write what stands in for it; all GPUs are visible."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 580.65.06'\n")
-    tool.chmod(0o755)
+    tool.touch(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tool
+
+
+def test_gpus_are_those_of_nvidia_smi(nvidia_smi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nvidia_smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0, 580.65.06'\n")
     run()
     assert "NVIDIA H100 80GB HBM3, compute capability 9.0, driver 580.65.06" in capsys.readouterr().out
-    tool.write_text("#!/bin/sh\nexit 9\n")
+    nvidia_smi.write_text("#!/bin/sh\nexit 9\n")
     assert check.examine()["gpus"] == []
 
 
 # Two GPUs; of a MIG part it says nothing.
-NVIDIA_SMI = """\
+TWO_GPUS = """\
 #!/bin/sh
 case "$1" in --id=MIG*) exit 6;; --id=0) ;; *) echo 'NVIDIA A10, 8.6, 580.65.06';; esac
 case "$1" in --id=1) ;; *) echo 'NVIDIA H200, 9.0, 580.65.06';; esac
@@ -122,15 +126,10 @@ case "$1" in --id=1) ;; *) echo 'NVIDIA H200, 9.0, 580.65.06';; esac
     ],
 )  # fmt: skip
 def test_gpus_are_those_that_are_visible(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None, listed: set[str]
+    monkeypatch: pytest.MonkeyPatch, nvidia_smi: Path, visible: str | None, listed: set[str]
 ) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(NVIDIA_SMI)
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+    nvidia_smi.write_text(TWO_GPUS)
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert {gpu["compute_cap"] for gpu in machine.gpus()} == listed
 

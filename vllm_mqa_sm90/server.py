@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+CLI = "vllm.entrypoints.cli.main"  # the command `vllm`: its main() runs what sys.argv says
 TAIL_LINES = 30
 
 _Self = TypeVar("_Self", bound="Process")
@@ -42,7 +43,7 @@ def free_port() -> int:
 
 def vllm_serve(model: Path, port: int, *arguments: str) -> list[str]:
     """The command of `vllm serve`, by module, so that it runs in this Python without its script on PATH."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    command = [sys.executable, "-m", CLI, "serve", str(model)]
     return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
 
 

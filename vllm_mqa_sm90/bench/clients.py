@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from vllm_mqa_sm90.server import Process, start
+from vllm_mqa_sm90.server import CLI, Process, start
 
-CLI = "vllm.entrypoints.cli.main"  # its main() runs what sys.argv says
 _PROGRAM = Path(__file__).with_name("forking.py")
 
 

