@@ -13,8 +13,8 @@ def grid(panels: int, columns: int, size: tuple[float, float], width: float, **o
 
     size: of a panel, inches; width: of the figure, at least. `options` go to `Figure.subplots`.
     """
-    columns = min(columns, panels)
     lines = -(-panels // columns)
+    columns = -(-panels // lines)  # as even as can be
     figure = Figure(figsize=(max(size[0] * columns, width), size[1] * lines + 1.2), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, **options)
     for unused in axes.flat[panels:]:

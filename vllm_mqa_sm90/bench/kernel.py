@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _stop("interrupted" + (f"; {args.output}/kernel.json has the cases before" if args.output else ""))
         return 130
-    output.show(report, table(report), notes(report))
+    output.show(report, [table(report)], notes(report))
     if args.output:
         output.draw(report, args.output, "plot", "kernel.json", "kernel.png and kernel.svg")
     return 1 if any(row.failed for row in report.rows) else 0

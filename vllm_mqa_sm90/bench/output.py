@@ -18,11 +18,13 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def show(report: Any, table: Table, notes: Sequence[str]) -> None:
-    """On stdout: what was measured where, the table, and what there is to say about it."""
+def show(report: Any, tables: Sequence[Table], notes: Sequence[str]) -> None:
+    """On stdout: what was measured where, the tables, and what there is to say about them."""
     console = Console(highlight=False)
     console.print(report.setting, report.conditions, sep="\n", markup=False, soft_wrap=True)
-    console.print(table)
+    for table in tables:
+        console.print(table)
+        console.print()
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 

@@ -19,7 +19,7 @@ from typing import Any
 from vllm_mqa_sm90 import checkpoint, machine
 from vllm_mqa_sm90.bench import output, workloads
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept
-from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, table
+from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, profile_table, table
 from vllm_mqa_sm90.bench.serve_run import Run
 from vllm_mqa_sm90.bench.workloads import Workload
 
@@ -157,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         reason = f"interrupted, the server is stopped; {args.output} keeps what was measured: the same command goes on"
         return _stop(reason, status=130)
-    output.show(report, table(report), notes(report))
+    tables = [table(report), profile_table(report)] if report.profiles else [table(report)]
+    output.show(report, tables, notes(report))
     output.draw(report, args.output, "serve_plot", "serve.json", "the plots")
     return 1 if report.failures else 0
 

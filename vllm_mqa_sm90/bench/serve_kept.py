@@ -89,7 +89,7 @@ class Kept:
             "side": job.at.side,
             "plugin": {name: _digest(package / name) for name in _PLUGIN_FILES} if job.at.side == PLUGIN else None,
             "server": server_arguments(job.at, report),
-            "workload": [str(workload), workload.requests, workload.output_tokens],
+            "workload": [str(workload), workload.requests, workload.output_tokens, workload.runs],
             "profiled": job.profiled,
         }
 

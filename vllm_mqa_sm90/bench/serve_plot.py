@@ -69,7 +69,7 @@ def _throughput(report: Report) -> Figure | None:
 
 
 def _steps(report: Report) -> Figure | None:
-    """Time of a decode step by family of kernels, a panel for each workload; above: the GPU waits."""
+    """GPU time of a decode step by family of kernels, a panel for each workload, and its share of the step."""
     panels: dict[str, list[Profiled]] = {}
     for each in report.profiles:
         panels.setdefault(each.workload, []).append(each)
@@ -85,8 +85,9 @@ def _steps(report: Report) -> Figure | None:
             panel.bar(names, heights, bottom=below, color=colour, width=0.7)
             below = [bottom + height for bottom, height in zip(below, heights, strict=True)]
         for place, (each, top) in enumerate(zip(profiles, below, strict=True)):
-            panel.text(place, top, f"GPU {each.profile.busy:.0%}", ha="center", va="bottom", fontsize=6)
-        panel.set_ylim(top=1.08 * max(below))
+            if share := report.share_of_step(each, each.profile.busy_us):
+                panel.text(place, top, f"{share:.0%} of\nstep", ha="center", va="bottom", fontsize=6)
+        panel.set_ylim(top=1.12 * max(below))
         panel.set_title(workload, fontsize=9)
         panel.set_ylabel("ms of kernels in a decode step", fontsize=8)
         panel.tick_params(labelsize=7)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench serve` found: kept as JSON, shown as a table."""
+"""What `bench serve` found: kept as JSON, shown as tables."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -17,6 +18,8 @@ from vllm_mqa_sm90.metrics import Drafts
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = {STOCK: "stock vLLM", PLUGIN: "vllm-mqa-sm90"}
+
+_Found = TypeVar("_Found", "Measurement", "Profiled")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Configuration:
 
 @dataclass
 class Measurement:
-    """One workload on one configuration.
+    """One workload on one configuration: of several runs, the middle one by tokens a second.
 
     Attributes:
         ttft_ms: median milliseconds to the first token.
@@ -48,6 +51,7 @@ class Measurement:
         accepted_at: share of drafts accepted at least up to each position.
         date: ISO 8601, UTC.
         client: all that `vllm bench serve` wrote.
+        runs: tokens a second of each run.
     """
 
     side: str
@@ -61,10 +65,11 @@ class Measurement:
     accepted_at: list[float]
     date: str
     client: dict[str, Any]
+    runs: list[float]
 
     @classmethod
     def of(cls, at: Configuration, workload: Workload, client: dict[str, Any], drafts: Drafts, date: str) -> Measurement:
-        """From the JSON of `vllm bench serve` and what the server drafted meanwhile."""
+        """One run, from the JSON of `vllm bench serve` and what the server drafted meanwhile."""
         return cls(
             side=at.side,
             k=at.k,
@@ -77,7 +82,19 @@ class Measurement:
             accepted_at=drafts.rates,
             date=date,
             client=client,
+            runs=[client["output_throughput"]],
         )
+
+    @classmethod
+    def middle(cls, runs: Sequence[Measurement]) -> Measurement:
+        """Of an odd number of runs of the same."""
+        middle = sorted(runs, key=lambda run: run.tokens_per_s)[len(runs) // 2]
+        return replace(middle, runs=[run.tokens_per_s for run in runs])
+
+    @property
+    def spread(self) -> float:
+        """How far apart the runs are, over the middle one."""
+        return (max(self.runs) - min(self.runs)) / self.tokens_per_s
 
 
 @dataclass
@@ -153,10 +170,10 @@ class Report:
         other = self._measured(side, k, measurement.workload)
         return None if other is None else measurement.tokens_per_s / other.tokens_per_s
 
-    def gpu_share(self, profiled: Profiled) -> float | None:
-        """GPU time of a step under the profiler, over the measured ITL; None: that was not measured."""
+    def share_of_step(self, profiled: Profiled, us: float) -> float | None:
+        """GPU time under the profiler, over the ITL without it, which it lengthens; None: that was not measured."""
         measurement = self._measured(profiled.side, profiled.k, profiled.workload)
-        return None if measurement is None else profiled.profile.busy_us / (1e3 * measurement.itl_ms)
+        return None if measurement is None else us / (1e3 * measurement.itl_ms)
 
     def _measured(self, side: str, k: int, workload: str) -> Measurement | None:
         found = (each for each in self.measurements if (each.side, each.k, each.workload) == (side, k, workload))
@@ -182,55 +199,64 @@ class Report:
 
 def table(report: Report) -> Table:
     """A line for each measurement, workload by workload."""
-    result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    result.add_column("workload", no_wrap=True)
-    result.add_column("server", no_wrap=True)
     # With the longest cells of k=3 just 80 wide.
     columns = "TTFT\nms", "ITL\nms", "TPOT\nms", "output\ntok/s", "acc.\n%", "by position\n%", "x no\nMTP", "x\nstock"
-    for heading in columns:
-        result.add_column(heading, justify="right", no_wrap=True)
-    previous = ""
-    for each in _by_workload(report):
-        if each.workload != previous and previous:
-            result.add_section()
-        result.add_row(
-            each.workload if each.workload != previous else "",
-            str(Configuration(each.side, each.k)),
+    return _table(
+        columns,
+        report.measurements,
+        lambda each: (
             f"{each.ttft_ms:.0f}",
             f"{each.itl_ms:.2f}",
             f"{each.tpot_ms:.2f}",
             f"{each.tokens_per_s:.0f}",
             "-" if each.accepted is None else f"{100 * each.accepted:.1f}",
             " ".join(f"{100 * share:.0f}" for share in each.accepted_at) or "-",
-            _ratio(report.over_no_mtp(each)),
-            _ratio(report.over_stock(each)),
-        )
+            _number(report.over_no_mtp(each)),
+            _number(report.over_stock(each)),
+        ),
+    )
+
+
+def profile_table(report: Report) -> Table:
+    """A line for each profile: GPU time of a decode step, and of its index logits; shares are those of the ITL."""
+
+    def cells(each: Profiled) -> tuple[str, ...]:
+        busy, logits = each.profile.busy_us, each.profile.families["index logits"]
+        shares = (report.share_of_step(each, us) for us in (busy, logits))
+        share, logits_share = (_number(share and 100 * share, 0) for share in shares)
+        return f"{busy / 1e3:.2f}", share, f"{logits:.0f}", logits_share
+
+    return _table(("GPU time\nms", "of step\n%", "index logits\nus", "of step\n%"), report.profiles, cells)
+
+
+def _table(columns: Sequence[str], found: Sequence[_Found], cells: Callable[[_Found], Sequence[str]]) -> Table:
+    """Workloads in the order in which they first appear; in each, by k, stock first."""
+    result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    result.add_column("workload", no_wrap=True)
+    result.add_column("server", no_wrap=True)
+    for heading in columns:
+        result.add_column(heading, justify="right", no_wrap=True)
+    order, sides = list(dict.fromkeys(each.workload for each in found)), list(SIDES)
+    previous = ""
+    for each in sorted(found, key=lambda each: (order.index(each.workload), each.k, sides.index(each.side))):
+        if each.workload != previous and previous:
+            result.add_section()
+        workload = each.workload if each.workload != previous else ""
+        result.add_row(workload, str(Configuration(each.side, each.k)), *cells(each))
         previous = each.workload
     return result
 
 
-def _by_workload(report: Report) -> list[Measurement]:
-    """Workloads in the order in which they first appear; in each, by k, stock first."""
-    order = list(dict.fromkeys(each.workload for each in report.measurements))
-    sides = list(SIDES)
-    return sorted(report.measurements, key=lambda each: (order.index(each.workload), each.k, sides.index(each.side)))
-
-
-def _profile_note(report: Report, profiled: Profiled) -> str:
-    profile, share = profiled.profile, report.gpu_share(profiled)
-    outside = "" if share is None else f", {share:.0%} of the measured one"
-    return (
-        f"{profiled.workload}, {Configuration(profiled.side, profiled.k)}: the GPU works {profile.busy_us / 1e3:.2f} ms "
-        f"in a decode step: {profile.busy:.0%} of the profiled step{outside}; index logits take "
-        f"{profile.families['index logits']:.0f} us ({profile.share('index logits'):.1%} of the profiled step)"
-    )
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def notes(report: Report) -> list[str]:
-    """A line for each profile, and the failures."""
-    profiles = [_profile_note(report, each) for each in report.profiles]
-    return profiles + [f"{what} failed: {why}" for what, why in report.failures.items()]
+    """How far apart the runs were, and the failures."""
+    found = [f"{what} failed: {why}" for what, why in report.failures.items()]
+    if repeated := [each for each in report.measurements if len(each.runs) > 1]:
+        widest = max(repeated, key=lambda each: each.spread)
+        at = f"{widest.workload}, {Configuration(widest.side, widest.k)}"
+        runs = len(widest.runs)
+        found.insert(0, f"cached prompts: the middle of {runs} runs, at most {widest.spread:.1%} apart ({at})")
+    return found

@@ -123,6 +123,9 @@ class Run:
         return env
 
     def _measure(self, job: Job, running: Server, clients: Clients) -> Measurement:
+        return Measurement.middle([self._measure_once(job, running, clients) for _ in range(job.workload.runs)])
+
+    def _measure_once(self, job: Job, running: Server, clients: Clients) -> Measurement:
         before = Drafts.read(running.get("/metrics"))
         client = self._ask(job, running, clients, rehearsal=False)
         drafts = Drafts.read(running.get("/metrics")).since(before)

@@ -49,15 +49,6 @@ class Profile:
     families: dict[str, float]
     others: dict[str, float]
 
-    @property
-    def busy(self) -> float:
-        """Share of the step in which the GPU works."""
-        return self.busy_us / self.step_us
-
-    def share(self, family: str) -> float:
-        """A family's share of the step."""
-        return self.families[family] / self.step_us
-
 
 def family(kernel: str) -> str:
     """The family of a kernel, by its name."""

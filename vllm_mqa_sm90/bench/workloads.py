@@ -67,6 +67,11 @@ class Workload:
         return max(4, waves * self.concurrency)
 
     @property
+    def runs(self) -> int:
+        """Times that it is measured. Other prompts than cached ones are new to the server only once."""
+        return 3 if self.cached else 1
+
+    @property
     def rehearsals(self) -> int:
         """Cached prompts have to be in the cache, and what runs where they are found there has to be compiled."""
         return 2 if self.cached else 1
