@@ -171,7 +171,7 @@ class Report:
         return None if other is None else measurement.tokens_per_s / other.tokens_per_s
 
     def share_of_step(self, profiled: Profiled, us: float) -> float | None:
-        """GPU time under the profiler, over the ITL without it, which it lengthens; None: that was not measured."""
+        """`us` of GPU time, over the ITL measured without the profiler, which lengthens it; None: that was not measured."""
         measurement = self._measured(profiled.side, profiled.k, profiled.workload)
         return None if measurement is None else us / (1e3 * measurement.itl_ms)
 
