@@ -211,8 +211,8 @@ def table(report: Report) -> Table:
             f"{each.tokens_per_s:.0f}",
             "-" if each.accepted is None else f"{100 * each.accepted:.1f}",
             " ".join(f"{100 * share:.0f}" for share in each.accepted_at) or "-",
-            _number(report.over_no_mtp(each)),
-            _number(report.over_stock(each)),
+            _ratio(report.over_no_mtp(each)),
+            _ratio(report.over_stock(each)),
         ),
     )
 
@@ -220,11 +220,13 @@ def table(report: Report) -> Table:
 def profile_table(report: Report) -> Table:
     """A line for each profile: GPU time of a decode step, and of its index logits; shares are those of the ITL."""
 
+    def percent(each: Profiled, us: float) -> str:
+        share = report.share_of_step(each, us)
+        return "-" if share is None else f"{100 * share:.0f}"
+
     def cells(each: Profiled) -> tuple[str, ...]:
         busy, logits = each.profile.busy_us, each.profile.families["index logits"]
-        shares = (report.share_of_step(each, us) for us in (busy, logits))
-        share, logits_share = (_number(share and 100 * share, 0) for share in shares)
-        return f"{busy / 1e3:.2f}", share, f"{logits:.0f}", logits_share
+        return f"{busy / 1e3:.2f}", percent(each, busy), f"{logits:.0f}", percent(each, logits)
 
     return _table(("GPU time\nms", "of step\n%", "index logits\nus", "of step\n%"), report.profiles, cells)
 
@@ -247,16 +249,15 @@ def _table(columns: Sequence[str], found: Sequence[_Found], cells: Callable[[_Fo
     return result
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def notes(report: Report) -> list[str]:
     """How far apart the runs were, and the failures."""
-    found = [f"{what} failed: {why}" for what, why in report.failures.items()]
+    found = []
     if repeated := [each for each in report.measurements if len(each.runs) > 1]:
         widest = max(repeated, key=lambda each: each.spread)
         at = f"{widest.workload}, {Configuration(widest.side, widest.k)}"
-        runs = len(widest.runs)
-        found.insert(0, f"cached prompts: the middle of {runs} runs, at most {widest.spread:.1%} apart ({at})")
-    return found
+        found.append(f"cached prompts: the middle of {len(widest.runs)} runs, at most {widest.spread:.1%} apart ({at})")
+    return found + [f"{what} failed: {why}" for what, why in report.failures.items()]
