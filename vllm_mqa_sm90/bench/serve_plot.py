@@ -20,7 +20,11 @@ _K_COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73")  # distinct to the col
 _FAMILY_COLOURS = dict(
     zip((*FAMILIES, OTHER), ("#000000", "#d55e00", "#56b4e9", "#e69f00", "#009e73", "#0072b2", "#bfbfbf"), strict=True)
 )
-_STYLES = {STOCK: "--", PLUGIN: "-"}
+# Where both sides have the same figure, stock's marker is a ring around the plugin's.
+_STYLES = {
+    STOCK: {"linestyle": "--", "marker": "o", "markersize": 6, "markerfacecolor": "none"},
+    PLUGIN: {"linestyle": "-", "marker": "o", "markersize": 3},
+}
 _COLUMNS = 3
 
 
@@ -34,7 +38,7 @@ def draw(report: Report, directory: Path) -> list[Path]:
 
 
 def _throughput(report: Report) -> Figure | None:
-    """Tokens a second against context, a panel for each concurrency; stock dashed, the plugin solid."""
+    """Tokens a second against context, a panel for each concurrency; stock dashed with rings, the plugin solid with dots."""
     panels: dict[tuple[bool, int], list[tuple[int, Measurement]]] = {}
     for measurement in report.measurements:
         workload = Workload.parse(measurement.workload)
@@ -48,8 +52,7 @@ def _throughput(report: Report) -> Figure | None:
         for context, each in points:
             lines.setdefault((each.side, each.k), []).append((context, each.tokens_per_s))
         for (side, k), line in lines.items():
-            style = {"color": _K_COLOURS[k], "linestyle": _STYLES[side], "marker": "o", "markersize": 3, "linewidth": 1.2}
-            panel.plot(*zip(*sorted(line), strict=True), **style)
+            panel.plot(*zip(*sorted(line), strict=True), color=_K_COLOURS[k], linewidth=1.2, **_STYLES[side])
         contexts = sorted({context for context, _ in points})
         panel.set_xscale("log", base=2)
         panel.set_xticks(contexts, [f"{context // 1024}k" if context % 1024 == 0 else str(context) for context in contexts])
@@ -63,7 +66,7 @@ def _throughput(report: Report) -> Figure | None:
         panel.spines[["top", "right"]].set_visible(False)
     ks = sorted({each.k for each in report.measurements})
     handles = [Line2D([], [], color=_K_COLOURS[k], label=f"k={k}" if k else "no MTP") for k in ks]
-    handles += [Line2D([], [], color="black", linestyle=_STYLES[side], label=name) for side, name in SIDES.items()]
+    handles += [Line2D([], [], color="black", label=name, **_STYLES[side]) for side, name in SIDES.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     return figure
 
