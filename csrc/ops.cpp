@@ -27,7 +27,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kScaleBytes = 4;  // one FP32 scale per cached token
 constexpr int kTokenBytes = kHeadDim + kScaleBytes;
 constexpr int kAlignment = 16;  // bytes, of every address that TMA or a vector access starts from
 
@@ -157,29 +156,46 @@ StepRows check_ragged_context_lens(const Argument& context_lens, int64_t max_row
   return step;
 }
 
-// The number of a plan's rows tells whether it has a group table, see table_rows().
-constexpr int64_t kRowsPerCta = plan_rows(1) - 1;
-bool has_group_table(const Tensor& plan) {
-  return plan.dim() == 2 && plan.size(1) == kPlanColumns && (plan.size(0) - 1) % kRowsPerCta != 0;
-}
+// The one rule by which the host knows a plan's kind, see params.h.
+bool is_ragged(const Tensor& plan) { return plan.dim() == 2 && plan.size(1) == plan_columns(true); }
+
+constexpr int64_t kSharesPerCta = share_entries(1) - 1;
 
 // CTAs that a plan is for.
-int32_t ctas_of(const Tensor& plan, int32_t rows) {
-  return static_cast<int32_t>((plan.size(0) - 1 - (has_group_table(plan) ? table_rows(rows) : 0)) / kRowsPerCta);
+int64_t ctas_of(const Tensor& plan, int64_t rows) {
+  const int64_t entries = plan.numel() / kEntryInts - (is_ragged(plan) ? rows : 0);
+  return (entries - 1) / kSharesPerCta;
 }
 
 void check_plan(const Argument& plan, const Argument& context_lens, bool ragged) {
   const Tensor& tensor = plan.tensor;
+  const int64_t rows = context_lens.tensor.numel(), columns = plan_columns(ragged);
   require_same_device(plan, context_lens);
   require_dtype(plan, ScalarType::Int);
-  const int64_t table = ragged ? table_rows(context_lens.tensor.numel()) : 0;
-  const int64_t shares = tensor.dim() == 2 && tensor.size(1) == kPlanColumns ? tensor.size(0) - 1 - table : 0;
-  require(shares >= kRowsPerCta && shares % kRowsPerCta == 0 && tensor.size(0) <= std::numeric_limits<int32_t>::max(),
-          plan, shape_of, "shape [1 + ", kRowsPerCta, " n", ragged ? " + " + std::to_string(table) : "", ", ",
-          kPlanColumns, "] for n CTAs, at least one",
-          ragged ? ", and " + std::to_string(context_lens.tensor.numel()) + " rows in groups" : "");
+  const int64_t ctas = tensor.dim() == 2 && tensor.size(1) == columns ? ctas_of(tensor, rows) : 0;
+  require(ctas >= 1 && ctas <= std::numeric_limits<int32_t>::max() / kSharesPerCta - 1 &&
+              tensor.size(0) == plan_rows(ctas, ragged, rows),
+          plan, shape_of, "a ", ragged ? "ragged" : "uniform", " plan's shape: [",
+          ragged ? "(2 + " + std::to_string(kSharesPerCta) + " n + " + std::to_string(rows) + ") // 2"
+                 : "1 + " + std::to_string(kSharesPerCta) + " n",
+          ", ", columns, "] for n CTAs, at least one");
   require_contiguous(plan);
   require_aligned(plan);
+}
+
+void require_kv_cache(const Argument& kv_cache) {
+  const Tensor& tensor = kv_cache.tensor;
+  require_dtype(kv_cache, ScalarType::Byte);
+  require(tensor.dim() == 4 && tensor.size(0) >= 1 && tensor.size(2) == 1 && tensor.size(3) == kTokenBytes, kv_cache,
+          shape_of, "shape [pages, page, 1, ", kTokenBytes, "] with at least one page");
+  const int64_t page_size = tensor.size(1), page_stride = tensor.stride(0);
+  require(page_size == 32 || page_size == 64, kv_cache, shape_of, "pages of 32 or 64 tokens (the second dimension)");
+  require(tensor.stride(3) == 1 && tensor.stride(1) == kTokenBytes, kv_cache, strides_of,
+          "pages dense inside: strides [any, ", kTokenBytes, ", any, 1]");
+  require(page_stride >= page_size * kTokenBytes && page_stride % kAlignment == 0, kv_cache, strides_of,
+          "a page stride (the first) that is a multiple of ", kAlignment, " bytes and at least ",
+          page_size * kTokenBytes);
+  require_aligned(kv_cache);
 }
 
 // Everything about a step's logits that does not need a GPU to be checked.
@@ -189,7 +205,7 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   const Argument q_argument{"q", q}, kv_argument{"kv_cache", kv_cache}, weights_argument{"weights", weights},
       lens_argument{"context_lens", context_lens}, table_argument{"block_table", block_table},
       out_argument{"out", out};
-  const bool ragged = has_group_table(plan) && context_lens.dim() == 1;
+  const bool ragged = is_ragged(plan);
   const StepRows step = ragged ? check_ragged_context_lens(lens_argument, max_rows.value_or(kMaxGroupRows))
                                : check_context_lens(lens_argument);
   const int64_t rows = step.rows, next_n = ragged ? 1 : step.max_rows, groups = rows / next_n;
@@ -210,17 +226,7 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   require_contiguous(q_argument);
   require_aligned(q_argument);
 
-  require_dtype(kv_argument, ScalarType::Byte);
-  require(kv_cache.dim() == 4 && kv_cache.size(0) >= 1 && kv_cache.size(2) == 1 && kv_cache.size(3) == kTokenBytes,
-          kv_argument, shape_of, "shape [pages, page, 1, ", kTokenBytes, "] with at least one page");
-  const int64_t page_size = kv_cache.size(1), page_stride = kv_cache.stride(0);
-  require(page_size == 32 || page_size == 64, kv_argument, shape_of, "pages of 32 or 64 tokens (the second dimension)");
-  require(kv_cache.stride(3) == 1 && kv_cache.stride(1) == kTokenBytes, kv_argument, strides_of,
-          "pages dense inside: strides [any, ", kTokenBytes, ", any, 1]");
-  require(page_stride >= page_size * kTokenBytes && page_stride % kAlignment == 0, kv_argument, strides_of,
-          "a page stride (the first) that is a multiple of ", kAlignment, " bytes and at least ",
-          page_size * kTokenBytes);
-  require_aligned(kv_argument);
+  require_kv_cache(kv_argument);
 
   require_dtype(weights_argument, ScalarType::Float);
   require(weights.dim() == 2 && weights.size(0) == rows && weights.size(1) == heads, weights_argument, shape_of,
@@ -254,14 +260,14 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   params.max_rows = step.max_rows;
   params.requests = static_cast<int32_t>(block_table.size(0));
   params.heads = static_cast<int32_t>(heads);
-  params.page_size = static_cast<int32_t>(page_size);
+  params.page_size = static_cast<int32_t>(kv_cache.size(1));
   params.num_pages = kv_cache.size(0);
-  params.page_stride = page_stride;
+  params.page_stride = kv_cache.stride(0);
   params.block_table_width = static_cast<int32_t>(block_table.size(1));
   params.block_table_stride = block_table.stride(0);
   params.max_context_len = static_cast<int32_t>(max_context_len);
   params.logits_stride = out.stride(0);
-  params.num_ctas = ctas_of(plan, step.rows);
+  params.num_ctas = static_cast<int32_t>(ctas_of(plan, step.rows));
   return params;
 }
 
@@ -354,8 +360,15 @@ void plan_on_device(const StepRows& step, const Tensor& out) {
   const int32_t device = out.get_device_index();
   require_sm90(device);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_plan(step, data<int32_t>(out), ctas_of(out, step.rows), current_stream(device)),
-             "launch of the plan kernel");
+  const auto num_ctas = static_cast<int32_t>(ctas_of(out, step.rows));
+  check_cuda(launch_plan(step, data<int32_t>(out), num_ctas, current_stream(device)), "launch of the plan kernel");
+}
+
+void plan_here(const StepRows& step, const Tensor& out) {
+  const auto num_ctas = static_cast<int32_t>(ctas_of(out, step.rows));
+  if (plan_on_host(step, data<int32_t>(out), num_ctas)) return;
+  fail("context_lens", "more for " + std::to_string(num_ctas) + " of them", "at most 2^31 tiles of ", kTileTokens,
+       " tokens a CTA");
 }
 
 void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
@@ -363,8 +376,7 @@ void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
 }
 
 void plan_cpu(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
-  const StepRows step = check_uniform_plan(context_lens, next_n, out);
-  plan_on_host(step, data<int32_t>(out), ctas_of(out, step.rows));
+  plan_here(check_uniform_plan(context_lens, next_n, out), out);
 }
 
 void plan_ragged_cuda(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
@@ -374,17 +386,19 @@ void plan_ragged_cuda(const Tensor& context_lens, std::optional<Tensor> indices,
 
 void plan_ragged_cpu(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
                      int64_t max_rows, const Tensor& out) {
-  const StepRows step = check_ragged_plan(context_lens, indices, query_start_loc, max_rows, out);
-  plan_on_host(step, data<int32_t>(out), ctas_of(out, step.rows));
+  plan_here(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, out), out);
 }
 
-const Group* group_table_of(const Tensor& plan, int32_t num_ctas) {
-  return has_group_table(plan) ? data<Group>(plan) + plan_rows(num_ctas) : nullptr;
+const Group* table_of(const Tensor& plan, int32_t num_ctas) {
+  return is_ragged(plan) ? group_table_of(data<int32_t>(plan), num_ctas) : nullptr;
 }
+
+// For callers who must know before the first launch; check_logits asks it of each.
+void check_kv_cache(const Tensor& kv_cache) { require_kv_cache({"kv_cache", kv_cache}); }
 
 void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                  const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                 std::optional<int64_t> max_rows, const Tensor& out) {
+                 std::optional<int64_t> max_rows, bool clean_logits, const Tensor& out) {
   LogitsParams params =
       check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
   const int32_t device = q.get_device_index();
@@ -396,16 +410,18 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
   params.context_lens = data<int32_t>(context_lens);
   params.block_table = data<int32_t>(block_table);
   params.plan = data<int32_t>(plan);
-  params.group_table = group_table_of(plan, params.num_ctas);
+  params.group_table = table_of(plan, params.num_ctas);
   params.logits = data<float>(out);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  check_cuda(launch_logits(params, current_stream(device)), "launch of the logits kernel");
+  const cudaStream_t stream = current_stream(device);
+  check_cuda(launch_logits(params, stream), "launch of the logits kernel");
+  if (clean_logits) check_cuda(launch_clean(params, stream), "launch of the kernel that cleans logits");
 }
 
 // CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
 void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                std::optional<int64_t> max_rows, const Tensor& out) {
+                std::optional<int64_t> max_rows, bool, const Tensor& out) {
   check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
   fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
 }
@@ -420,24 +436,28 @@ std::vector<int64_t> launch_counts(int64_t device) {
 }
 
 // The tiles that the kernel's walk over `plan` visits, as rows (share, the group's first row, its rows, its
-// request, tile) of `out`, which has one row for each.
-void walk(const Tensor& plan, const Tensor& context_lens, const Tensor& out) {
+// request, tile) of `out`, which has one row for each. The step is that of a launch.
+void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t> max_rows, const Tensor& out) {
   const Argument plan_argument{"plan", plan}, lens_argument{"context_lens", context_lens}, out_argument{"out", out};
-  const StepRows step = check_context_lens(lens_argument);
-  check_plan(plan_argument, lens_argument, has_group_table(plan));
+  const bool ragged = is_ragged(plan);
+  const StepRows step = ragged ? check_ragged_context_lens(lens_argument, max_rows.value_or(kMaxGroupRows))
+                               : check_context_lens(lens_argument);
+  check_plan(plan_argument, lens_argument, ragged);
   require_same_device(out_argument, lens_argument);
   require_dtype(out_argument, ScalarType::Int);
   require_contiguous(out_argument);
+  const auto& header = *data<PlanHeader>(plan);
+  if (!header.fits(ragged, step.rows, step.max_rows)) {
+    fail("plan", "one for another", "a plan for ", step.rows, " rows in groups of ", ragged ? "at most " : "",
+         step.max_rows);
+  }
 
-  const int32_t num_ctas = ctas_of(plan, step.rows);
-  const Groups groups{group_table_of(plan, num_ctas), step.rows, step.max_rows};
+  const auto num_ctas = static_cast<int32_t>(ctas_of(plan, step.rows));
+  const Groups groups{table_of(plan, num_ctas), step.rows, step.max_rows};
   const auto* shares = data<Share>(plan) + 1;
   std::vector<int32_t> visits;
-  for (int32_t s = 0; s < plan_rows(num_ctas) - 1; ++s) {
-    const Share& share = shares[s];
-    require(share.first_row >= 0 && share.tile >= 0 && share.num_tiles >= 0, "plan", s,
-            "no negative number in any share");
-    for (Walk walk(share, groups); !walk.done();) {
+  for (int32_t s = 0; s < share_entries(num_ctas) - 1; ++s) {
+    for (Walk walk(shares[s]); !walk.done();) {
       const Group group = walk.group;
       const Segment segment = walk.next(tiles_of_group(step.context_lens, group), groups.after(group));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
@@ -460,9 +480,10 @@ STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
       "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, Tensor(a!) out) -> ()");
   library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-      "Tensor(a!) plan, int max_context_len, int? max_rows, Tensor(b!) out) -> ()");
+      "Tensor(a!) plan, int max_context_len, int? max_rows, bool clean_logits, Tensor(b!) out) -> ()");
+  library.def("check_kv_cache(Tensor kv_cache) -> ()");
   library.def("launch_counts(int device) -> int[]");
-  library.def("walk(Tensor plan, Tensor context_lens, Tensor(a!) out) -> ()");
+  library.def("walk(Tensor plan, Tensor context_lens, int? max_rows, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CUDA, library) {
@@ -482,4 +503,5 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CompositeExplicitAutograd, library) {
   library.impl("launch_counts", TORCH_BOX(&mqa_sm90::launch_counts));
+  library.impl("check_kv_cache", TORCH_BOX(&mqa_sm90::check_kv_cache));
 }

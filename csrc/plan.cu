@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a step needs before its layers: the plan and, if it is ragged, its rows' lengths. A small launch each. See
 // schedule.cuh.
+#include <algorithm>
+
 #include <cub/block/block_scan.cuh>
 #include <cuda/functional>
 
@@ -10,7 +12,13 @@ namespace mqa_sm90 {
 namespace {
 
 constexpr int kPlanThreads = 1024;
-using Scan = cub::BlockScan<int32_t, kPlanThreads>;
+using RowScan = cub::BlockScan<int32_t, kPlanThreads>;
+// 64 rows of 2^31 tokens have more than 31 bits of tiles. (Raking scans keep 32 threads' values in registers.)
+using TileScan = cub::BlockScan<int64_t, kPlanThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+union ScanStorage {
+  typename RowScan::TempStorage rows;
+  typename TileScan::TempStorage tiles;
+};
 
 // This thread's part of `count` things, a contiguous chunk.
 struct Chunk {
@@ -22,15 +30,15 @@ struct Chunk {
         end(min(begin + size, count)) {}
 };
 
-__device__ void fill_group_table(const StepRows& step, Group* table, Scan::TempStorage& scan_storage) {
-  if (threadIdx.x == 0 && table_rows(step.rows) > step.rows) table[step.rows] = {0, 0, 0, 0};
+__device__ void fill_group_table(const StepRows& step, Group* table, bool odd, RowScan::TempStorage& scan_storage) {
+  if (threadIdx.x == 0 && odd) table[step.rows] = {0, 0, 0, 0};
   const Chunk rows(step.rows);
   if (step.indices != nullptr) {
     int32_t run_start = 0;  // of the last run that starts here or before
     for (int32_t row = rows.begin; row < rows.end; ++row) {
       if (starts_run(step.indices, row)) run_start = row;
     }
-    Scan(scan_storage).ExclusiveScan(run_start, run_start, 0, cuda::maximum<int32_t>{});
+    RowScan(scan_storage).ExclusiveScan(run_start, run_start, 0, cuda::maximum<int32_t>{});
     for (int32_t row = rows.begin; row < rows.end; ++row) {
       if (starts_run(step.indices, row)) run_start = row;
       table[row] = group_from_indices(step, row, run_start);
@@ -43,38 +51,41 @@ __device__ void fill_group_table(const StepRows& step, Group* table, Scan::TempS
   __syncthreads();
 }
 
-Group* group_table_of(const StepRows& step, int32_t* plan, int32_t num_ctas) {
-  return step.ragged ? reinterpret_cast<Group*>(plan) + plan_rows(num_ctas) : nullptr;
+// Whether a ragged plan's last row ends with an entry that is nobody's.
+__host__ __device__ bool ends_odd(const StepRows& step, int32_t num_ctas) {
+  return (share_entries(num_ctas) + step.rows) % 2 != 0;
 }
 
 // One block. First the group table, if the step is ragged. Then thread i counts the tiles of a
 // contiguous chunk of groups; a scan gives every chunk its place on the line of tiles; then each
 // thread looks up the start of some shares.
 __global__ void __launch_bounds__(kPlanThreads)
-plan_kernel(const StepRows step, int32_t* plan, Group* table, int32_t num_ctas) {
-  __shared__ typename Scan::TempStorage scan_storage;
-  __shared__ int32_t chunk_start[kPlanThreads];
+plan_kernel(const StepRows step, int32_t* plan, int32_t num_ctas) {
+  __shared__ ScanStorage scan_storage;
+  __shared__ int64_t chunk_start[kPlanThreads];
 
-  if (table != nullptr) fill_group_table(step, table, scan_storage);
+  Group* table = step.ragged ? group_table_of(plan, num_ctas) : nullptr;
+  if (step.ragged) fill_group_table(step, table, ends_odd(step, num_ctas), scan_storage.rows);
   const Groups groups{table, step.rows, step.max_rows};
   const Chunk chunk(groups.places());
-  int32_t tiles = 0;  // 2^31 tiles are 1.4e11 tokens
+  int64_t tiles = 0;
   for (int32_t place = chunk.begin; place < chunk.end; ++place) {
     tiles += tiles_of_group(step.context_lens, groups.at(place));
   }
-  int32_t start, total;
-  Scan(scan_storage).ExclusiveSum(tiles, start, total);
+  int64_t start, total;
+  TileScan(scan_storage.tiles).ExclusiveSum(tiles, start, total);
   chunk_start[threadIdx.x] = start;
   __syncthreads();
 
   const Cut cut(total, num_ctas);
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(plan) = PlanHeader{0, cut.spares, {0, 0}};
+  if (!cut.fits()) __trap();
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, cut.spares);
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
-  for (int32_t i = threadIdx.x; i < plan_rows(num_ctas) - 1; i += kPlanThreads) {
+  for (int32_t i = threadIdx.x; i < share_entries(num_ctas) - 1; i += kPlanThreads) {
     Share share{0, 0, 0, 0};
     if (i < cut.shares()) {
-      const auto first = static_cast<int32_t>(cut.start(i));
-      const int32_t num_tiles = static_cast<int32_t>(cut.start(i + 1)) - first;
+      const int64_t first = cut.start(i);
+      const auto num_tiles = static_cast<int32_t>(cut.start(i + 1) - first);
       if (num_tiles > 0) {
         // The last chunk that starts at or before `first`; empty chunks share a start with the next.
         int32_t low = 0, high = kPlanThreads - 1;
@@ -82,9 +93,10 @@ plan_kernel(const StepRows step, int32_t* plan, Group* table, int32_t num_ctas) 
           const int32_t middle = (low + high + 1) / 2;
           if (chunk_start[middle] <= first) low = middle; else high = middle - 1;
         }
-        int32_t place = low * chunk.size, tile = first - chunk_start[low];
+        int32_t place = low * chunk.size;
+        int64_t tile = first - chunk_start[low];
         if (chunk.size > 1) find_group(groups, step.context_lens, place, tile);  // else the chunk is the group
-        share = Share::from(groups.at(place), tile, num_tiles);
+        share = Share::from(groups.at(place), static_cast<int32_t>(tile), num_tiles);
       }
     }
     shares[i] = share;
@@ -122,14 +134,12 @@ cudaError_t launch_plan(const StepRows& step, int32_t* plan, int32_t num_ctas, c
   config.gridDim = 1;
   config.blockDim = kPlanThreads;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, plan_kernel, step, plan, group_table_of(step, plan, num_ctas), num_ctas);
+  return cudaLaunchKernelEx(&config, plan_kernel, step, plan, num_ctas);
 }
 
-void plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
-  Group* table = group_table_of(step, plan, num_ctas);
-  if (table != nullptr) {
-    for (int32_t row = 0; row < table_rows(step.rows); ++row) table[row] = {0, 0, 0, 0};
-  }
+bool plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
+  Group* table = step.ragged ? group_table_of(plan, num_ctas) : nullptr;
+  if (step.ragged) std::fill_n(table, step.rows + ends_odd(step, num_ctas), Group{0, 0, 0, 0});
   if (step.indices != nullptr) {
     for (int32_t row = 0, run_start = 0; row < step.rows; ++row) {
       if (starts_run(step.indices, row)) run_start = row;
@@ -145,24 +155,26 @@ void plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
     total += tiles_of_group(step.context_lens, groups.at(place));
   }
   const Cut cut(total, num_ctas);
-  *reinterpret_cast<PlanHeader*>(plan) = PlanHeader{0, cut.spares, {0, 0}};
+  if (!cut.fits()) return false;
+  *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, cut.spares);
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
   int32_t place = 0;  // of the share before
   int64_t place_start = 0;
-  for (int32_t i = 0; i < plan_rows(num_ctas) - 1; ++i) {
+  for (int32_t i = 0; i < share_entries(num_ctas) - 1; ++i) {
     Share share{0, 0, 0, 0};
     if (i < cut.shares()) {
       const int64_t first = cut.start(i);
       const auto num_tiles = static_cast<int32_t>(cut.start(i + 1) - first);
       if (num_tiles > 0) {
-        auto tile = static_cast<int32_t>(first - place_start);
+        int64_t tile = first - place_start;
         find_group(groups, step.context_lens, place, tile);
         place_start = first - tile;
-        share = Share::from(groups.at(place), tile, num_tiles);
+        share = Share::from(groups.at(place), static_cast<int32_t>(tile), num_tiles);
       }
     }
     shares[i] = share;
   }
+  return true;
 }
 
 }  // namespace mqa_sm90

@@ -7,7 +7,9 @@
 // The same code runs in the plan kernel, in the logits kernel and under a host compiler in tests.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "params.h"
 
@@ -46,15 +48,38 @@ struct alignas(16) Share {
 };
 constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits);
 
-// The plan, int32 [plan_rows(num_ctas), kPlanColumns]: this, then the shares. A ragged step's goes on with the
-// group table, [table_rows(rows), kPlanColumns]: for each row the group that starts there, all 0 where none does.
+// The plan's first entry. The shares follow, in a ragged plan then the group table: for each row the group that
+// starts there, all 0 where none does.
 struct alignas(16) PlanHeader {
-  uint32_t taken;       // spare shares that the running launch has handed out; 0 between launches
-  int32_t spares;       // how many there are
-  int32_t unused[2];    // 0
+  static constexpr uint32_t kVersion = 2;  // of the plan's layout; what was never planned has none
+
+  uint32_t taken;   // spare shares that the running launch has handed out; 0 between launches
+  int32_t spares;   // how many there are
+  int32_t rows;     // of the step
+  uint32_t kind;    // kind_of(): of the step and its groups
+
+  MQA_HOST_DEVICE static uint32_t kind_of(bool ragged, int32_t max_rows) {
+    return kVersion << 16 | static_cast<uint32_t>(ragged) << 8 | static_cast<uint32_t>(max_rows);
+  }
+
+  MQA_HOST_DEVICE static PlanHeader of(const StepRows& step, int32_t spares) {
+    return {0, spares, step.rows, kind_of(step.ragged, step.max_rows)};
+  }
+
+  // Whether the plan is for a step of so many rows in groups of so many, of a ragged step at most. A ragged plan for
+  // narrower groups will do.
+  MQA_HOST_DEVICE bool fits(bool ragged, int32_t step_rows, int32_t max_rows) const {
+    const uint32_t least = kind_of(ragged, ragged ? 1 : max_rows), most = kind_of(ragged, max_rows);
+    return rows == step_rows && kind >= least && kind <= most;
+  }
 };
-static_assert(sizeof(Share) == kPlanColumns * sizeof(int32_t) && sizeof(PlanHeader) == sizeof(Share) &&
-              sizeof(Group) == sizeof(Share));
+constexpr size_t kEntryBytes = kEntryInts * sizeof(int32_t);
+static_assert(sizeof(Share) == kEntryBytes && sizeof(PlanHeader) == kEntryBytes && sizeof(Group) == kEntryBytes);
+
+// Of a ragged plan.
+MQA_HOST_DEVICE Group* group_table_of(int32_t* plan, int32_t num_ctas) {
+  return reinterpret_cast<Group*>(plan) + share_entries(num_ctas);
+}
 
 // The groups of a step, in order.
 struct Groups {
@@ -105,8 +130,8 @@ MQA_HOST_DEVICE void enter_request(const StepRows& step, int32_t request, Group*
 MQA_HOST_DEVICE void enter_row_lens(const RequestLens& lens, int32_t request, int32_t* context_lens, int32_t rows) {
   const int32_t given = lens.query_start_loc[request], end = lens.query_start_loc[request + 1];
   for (int32_t row = given > 0 ? given : 0; row < end && row < rows; ++row) {
-    const int32_t length = lens.seq_lens[request] - (end - row) + 1;
-    context_lens[row] = length > 0 ? length : 0;
+    const int64_t length = int64_t{lens.seq_lens[request]} - (end - row) + 1;
+    context_lens[row] = static_cast<int32_t>(length > 0 ? length : 0);
   }
 }
 
@@ -143,14 +168,24 @@ struct Cut {
 
   MQA_HOST_DEVICE int32_t shares() const { return num_ctas + spares; }
 
+  // Whether the shares' tiles can be told in 31 bits: the spare ones have fewer than a CTA's own.
+  MQA_HOST_DEVICE bool fits() const { return own / num_ctas < std::numeric_limits<int32_t>::max(); }
+
   // First tile of a share, on the line; shares() gives its end.
   MQA_HOST_DEVICE int64_t start(int32_t share) const {
-    return share < num_ctas || spares == 0 ? share * own / num_ctas : own + (share - num_ctas) * (total - own) / spares;
+    return share < num_ctas || spares == 0 ? part(own, share, num_ctas)
+                                           : own + part(total - own, share - num_ctas, spares);
+  }
+
+ private:
+  // tiles * i / n, whose product may not fit in 64 bits.
+  MQA_HOST_DEVICE static int64_t part(int64_t tiles, int64_t i, int32_t n) {
+    return tiles / n * i + tiles % n * i / n;
   }
 };
 
 // Moves `place` on to the group that tile `tile` from its start on lies in, and counts `tile` from there.
-MQA_HOST_DEVICE void find_group(const Groups& groups, const int32_t* context_lens, int32_t& place, int32_t& tile) {
+MQA_HOST_DEVICE void find_group(const Groups& groups, const int32_t* context_lens, int32_t& place, int64_t& tile) {
   for (;; ++place) {
     const int32_t in_group = tiles_of_group(context_lens, groups.at(place));
     if (tile < in_group) return;
@@ -169,12 +204,8 @@ struct Walk {
   Group group;
   int32_t tile, remaining;
 
-  // Nothing, if the plan was made for more rows than the step has, or for another next_n.
-  MQA_HOST_DEVICE Walk(const Share& share, const Groups& groups)
-      : group(share.first_group()), tile(share.tile), remaining(share.num_tiles) {
-    const bool fits = int64_t{group.first_row} + group.rows <= groups.rows;
-    if (!fits || (groups.table == nullptr && group.rows != groups.next_n)) group.rows = 0;
-  }
+  MQA_HOST_DEVICE explicit Walk(const Share& share)
+      : group(share.first_group()), tile(share.tile), remaining(share.num_tiles) {}
 
   MQA_HOST_DEVICE bool done() const { return remaining == 0 || group.rows == 0; }
 

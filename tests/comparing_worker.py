@@ -82,7 +82,7 @@ def comparing(ours: Any) -> Any:
 
     @functools.wraps(ours)
     def both(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options):
-        assert schedule_metadata.shape[1] == ops.plan_shape(1)[1], "this step is not for our kernel"
+        assert schedule_metadata.shape[1] in (ops.UNIFORM_PLAN_COLUMNS, ops.RAGGED_PLAN_COLUMNS), "this step is not for our kernel"
         arguments = (kv_cache, weights, context_lens, block_tables, schedule_metadata)
         result = ours(q, *arguments, max_model_len=max_model_len, **options)
         next_n = "ragged" if ops.is_ragged(schedule_metadata) else context_lens.shape[1]
@@ -114,7 +114,7 @@ def requests_of_rows(plan: torch.Tensor, num_sms: int, context_lens: torch.Tenso
     if not ops.is_ragged(plan):
         return torch.arange(rows, device=plan.device) // context_lens.shape[1]
     requests = torch.zeros(rows, dtype=torch.int64, device=plan.device)
-    for first, count, request, _ in plan[ops.plan_shape(num_sms)[0] :].tolist():
+    for first, count, request, _ in plan.view(-1, 4)[ops.plan_shape(num_sms)[0] :].tolist():
         requests[first : first + count] = request
     return requests
 

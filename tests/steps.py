@@ -165,6 +165,17 @@ def random_ragged_step(
     )
 
 
+def entries(plan: torch.Tensor) -> torch.Tensor:
+    """The plan as what it is in memory: entries of four int32."""
+    return plan.view(-1, 4)
+
+
+def group_table(plan: torch.Tensor, num_sms: int, rows: int) -> torch.Tensor:
+    """A ragged plan's: an entry (first row, rows, request, 0) for each row of the step."""
+    start = vllm_mqa_sm90.plan_shape(num_sms)[0]
+    return entries(plan)[start : start + rows]
+
+
 def poisoned(step: Step) -> torch.Tensor:
     return torch.full((step.context_lens.numel(), step.max_context_len), POISON, device=step.q.device)
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from steps import POISON, TILE, Step, assert_accurate, poisoned, random_pages, random_ragged_step, random_step
+from test_reference import assert_special_values, special_values_step
 
 import vllm_mqa_sm90
 
@@ -95,6 +96,43 @@ def test_nothing_outside_the_rows_tiles_is_written(next_n: int) -> None:
     outside = torch.arange(columns + guard, device="cuda") >= tiles_end
     assert storage[1:-1][outside].isnan().all()
     assert storage[0].isnan().all() and storage[-1].isnan().all()
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("least", [-(2**31), 1 - 2**31, 64 - 2**31, -1])
+def test_any_negative_length_is_a_padding_row(least: int, heads: int) -> None:
+    """First, between and last in a group whose other rows have tiles: -2^31 less a position would be a long row."""
+    lens = [[least, 64, 300], [300, least, 64], [64, 300, least], [least, least, 9000], [least] * 3]
+    step = random_step(lens, heads=heads, num_pages=200, device="cuda")
+    rows, columns = step.context_lens.numel(), step.max_context_len
+    storage = torch.full((rows + 2, columns), POISON, device="cuda")
+    assert_accurate(step.run(out=storage[1:-1]), step)
+    tiles_end = -(-step.context_lens.view(-1, 1).clamp(min=0) // TILE) * TILE
+    outside = torch.arange(columns, device="cuda") >= tiles_end
+    assert storage[1:-1][outside].isnan().all()
+    assert storage[0].isnan().all() and storage[-1].isnan().all()
+
+
+@pytest.mark.parametrize("page", [32, 64])
+@pytest.mark.parametrize("next_n", [1, 3, 6])
+def test_ids_of_no_page_within_a_context_read_as_zeros(next_n: int, page: int) -> None:
+    """Neither a fault nor another request's logits."""
+    step = random_step(rows_of([1000, 700, 64], next_n), heads=32, page=page, device="cuda")
+    expected = step.reference()
+    bad = torch.zeros(3, step.block_table.shape[1], dtype=torch.bool, device="cuda")
+    for column, page_id in enumerate([-1, len(step.kv_cache), 2**31 - 1, -(2**31), 1 << 20]):
+        step.block_table[0, 3 * column], bad[0, 3 * column] = page_id, True
+    logits = step.run(out=poisoned(step))
+    torch.cuda.synchronize()
+    of_bad = bad.repeat_interleave(page, dim=1)[:, : step.max_context_len].repeat_interleave(next_n, dim=0)
+    valid = expected > -torch.inf
+    assert (logits[valid & of_bad] == 0).all() and of_bad[:next_n].sum() > 5
+    torch.testing.assert_close(logits[valid & ~of_bad], expected[valid & ~of_bad], rtol=1e-3, atol=0.5)
+
+
+def test_nan_and_zero() -> None:
+    step = special_values_step("cuda")
+    assert_special_values(step.run(), step)
 
 
 def test_inputs_are_left_alone() -> None:
@@ -291,6 +329,26 @@ def test_clean_logits_and_allocated_output() -> None:
     out = step.run(clean_logits=True)
     assert out.shape == (9, 130) and out.stride() == (192, 1)
     assert torch.equal(out == -torch.inf, step.reference() == -torch.inf)
+
+
+def test_clean_logits_goes_by_the_block_table_too() -> None:
+    step = random_step(rows_of([300, 65, 0], 2), device="cuda")
+    step.block_table = step.block_table[:, :2]
+    step.max_context_len = 5000
+    storage = torch.full((6, 6000), POISON, device="cuda")
+    out = step.run(out=storage[:, :5000], clean_logits=True)
+    assert torch.equal(out == -torch.inf, step.reference() == -torch.inf) and not out.isnan().any()
+    assert storage[:, 5000:].isnan().all()
+
+
+def test_clean_logits_takes_no_memory() -> None:
+    step = random_step([[1, 100000]] * 8, num_pages=100, device="cuda")
+    plan, out = step.plan(), poisoned(step)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step.logits(plan, out=out, clean_logits=True)
+    assert torch.cuda.max_memory_allocated() == before
+    assert torch.equal((out > -torch.inf).sum(dim=1), step.context_lens.view(-1))
 
 
 def test_empty_steps_are_no_ops() -> None:

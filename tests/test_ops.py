@@ -137,7 +137,7 @@ MISUSES = [
     (
         "plan shape",
         change("plan", lambda t: t.view(-1, 2)),
-        r"plan: expected shape \[1 \+ 5 n, 4\].*given shape \[42, 2\]",
+        r"plan: expected a uniform plan's shape: \[1 \+ 5 n, 4\].*given shape \[42, 2\]",
     ),
     ("plan rows", change("plan", lambda t: t[:-1]), r"plan: expected .*, given shape \[20, 4\]"),
     (
@@ -169,19 +169,20 @@ RAGGED_MISUSES = [
     (
         "lens dims",
         change("context_lens", lambda t: t.view(2, 2)),
-        r"plan: expected shape \[1 \+ 5 n, 4\] .*given shape \[25, 4\]",
+        r"context_lens: expected shape \[T\], as the step is ragged, given shape \[2, 2\]",
     ),
     (
         "plan rows",
-        change("plan", lambda t: t[:-2]),
-        r"plan: expected shape \[1 \+ 5 n \+ 4, 4\] .*given shape \[23, 4\]",
+        change("plan", lambda t: t[:-1]),
+        r"plan: expected a ragged plan's shape: \[\(2 \+ 5 n \+ 4\) // 2, 8\] .*given shape \[12, 8\]",
     ),
     (
         "plan of more rows",
-        change("plan", lambda t: t[:-1]),
-        r"plan: expected .*4 rows in groups, given shape \[24, 4\]",
+        change("plan", lambda t: torch.cat([t, t[:1]])),
+        r"plan: expected .*, given shape \[14, 8\]",
     ),
-    ("no CTAs", change("plan", lambda t: t[:5]), r"plan: expected .*at least one, .*given shape \[5, 4\]"),
+    ("no CTAs", change("plan", lambda t: t[:3]), r"plan: expected .*at least one, given shape \[3, 8\]"),
+    ("plan columns", change("plan", lambda t: t.view(-1, 4)), "max_rows: expected None, as plan is that of a uniform step"),
     ("max_rows 0", change("max_rows", lambda _: 0), "max_rows: expected 1 to 8 rows of a group, given 0"),
     ("max_rows 9", change("max_rows", lambda _: 9), "max_rows: expected 1 to 8 rows of a group, given 9"),
     ("q rows", change("q", lambda t: t[:3]), r"q: expected shape .*\[4, H, 128\].*given shape \[3, 32, 128\]"),
@@ -201,6 +202,14 @@ RAGGED_MISUSES = [
 def test_misuse_of_a_ragged_step_is_named(misuse: Callable[[Arguments], Arguments], says: str) -> None:
     with pytest.raises(RuntimeError, match="vllm_mqa_sm90: " + says):
         vllm_mqa_sm90.paged_mqa_logits(**misuse(valid_ragged_arguments()))
+
+
+@pytest.mark.parametrize("case", [case for case in MISUSES if case[0].startswith(("kv ", "page ", "no pages", "loose"))])
+def test_a_cache_can_be_asked_about_without_a_launch(case: tuple) -> None:
+    arguments = valid_arguments()
+    ops.check_kv_cache(arguments["kv_cache"])
+    with pytest.raises(RuntimeError, match="vllm_mqa_sm90: " + case[2]):
+        ops.check_kv_cache(case[1](arguments)["kv_cache"])
 
 
 def test_right_ragged_arguments_on_the_cpu_need_a_gpu() -> None:
@@ -233,7 +242,8 @@ LENS = torch.zeros(6, dtype=torch.int32)
         (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 4, "out": torch.zeros(7, 4, dtype=torch.int32)},
          r"out: expected shape \(21, 4\) for num_sms 4, given \(7, 4\)"),
         (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 4)}, "out: expected dtype int32, given"),
-        (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 3, dtype=torch.int32)}, r"out: expected shape"),
+        (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 3, dtype=torch.int32)},
+         r"out: expected a uniform plan's shape: .*, given shape \[8, 3\]"),
         (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 4, "max_rows": 2}, "max_rows: expected None .*, given 2"),
         (LENS, {"num_sms": 4, "indices": LENS, "query_start_loc": LENS},
          "indices: expected either indices or query_start_loc, given both"),
@@ -248,9 +258,9 @@ LENS = torch.zeros(6, dtype=torch.int32)
         (LENS, {"num_sms": 4, "query_start_loc": LENS[:0]}, r"query_start_loc: expected shape \[R \+ 1\].*given shape \[0\]"),
         (LENS, {"num_sms": 4, "query_start_loc": LENS.repeat(2)[::2]}, "query_start_loc: expected a contiguous tensor"),
         (LENS, {"indices": LENS, "num_sms": 4, "out": torch.zeros(21, 4, dtype=torch.int32)},
-         r"out: expected shape \(27, 4\) for num_sms 4, given \(21, 4\)"),
+         r"out: expected shape \(14, 8\) for num_sms 4, given \(21, 4\)"),
         (LENS, {"indices": LENS, "out": torch.zeros(21, 4, dtype=torch.int32)},
-         r"out: expected shape \[1 \+ 5 n \+ 6, 4\].*6 rows in groups, given shape \[21, 4\]"),
+         r"out: expected a ragged plan's shape: \[\(2 \+ 5 n \+ 6\) // 2, 8\].*, given shape \[21, 4\]"),
     ],
 )  # fmt: skip
 def test_misuse_of_plan_is_named(context_lens: torch.Tensor, options: dict, says: str) -> None:
@@ -298,10 +308,12 @@ def test_walk_refuses_a_foreign_plan() -> None:
     ops._load()
     lens = torch.full((3, 2), 100, dtype=torch.int32)
     out = torch.zeros(6, 5, dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens, num_sms=2), lens, out)
-    for plan in vllm_mqa_sm90.plan(lens[:2], num_sms=2), torch.full(ops.plan_shape(4), -1, dtype=torch.int32):
-        with pytest.raises(RuntimeError, match="vllm_mqa_sm90: (out|plan): expected"):
-            torch.ops.vllm_mqa_sm90.walk(plan, lens, out)
+    plan = vllm_mqa_sm90.plan(lens, num_sms=2)
+    torch.ops.vllm_mqa_sm90.walk(plan, lens, None, out)
+    with pytest.raises(RuntimeError, match=r"vllm_mqa_sm90: out: expected shape \[6, 5\], .*given shape \[5, 5\]"):
+        torch.ops.vllm_mqa_sm90.walk(plan, lens, None, out[:5])
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 6 rows in groups of 2, given one for another"):
+        torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens[:2], num_sms=2), lens, None, out)
 
 
 def test_missing_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:

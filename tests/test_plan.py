@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import STALE_IDS, TILE
+from steps import STALE_IDS, TILE, entries, group_table
 
 import vllm_mqa_sm90
+from vllm_mqa_sm90 import ops
 
 lengths = st.one_of(
     st.integers(-3, 200),
@@ -87,10 +88,11 @@ def ragged_plan_for_ctas(step: RaggedStep, ctas: int, device: str = "cpu") -> to
     return vllm_mqa_sm90.plan(step.context_lens.to(device), **grouping, max_rows=step.max_rows, out=out)
 
 
-def walk(plan: torch.Tensor, context_lens: torch.Tensor, ctas: int) -> torch.Tensor:
+def walk(plan: torch.Tensor, context_lens: torch.Tensor, ctas: int, max_rows: int | None = None) -> torch.Tensor:
     """(share, the group's first row, its rows, its request, tile) in the order of the kernel's walk."""
-    out = torch.full((int(plan[1 : vllm_mqa_sm90.plan_shape(ctas)[0], 2].sum()), 5), -7, dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, out)
+    tiles = int(entries(plan)[1 : vllm_mqa_sm90.plan_shape(ctas)[0], 2].sum())
+    out = torch.full((tiles, 5), -7, dtype=torch.int32)
+    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, max_rows, out)
     return out
 
 
@@ -111,29 +113,36 @@ def tiles_of(context_lens: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return torch.cat([groups[group, :3].int(), (torch.arange(len(group)) - first).int().unsqueeze(1)], dim=1)
 
 
+VERSION = 2  # of the plan's layout
+
+
 def check(context_lens: torch.Tensor, ctas: int) -> None:
     check_shares(plan_for_ctas(context_lens, ctas), context_lens, uniform_groups(context_lens), ctas)
 
 
 def check_ragged(step: RaggedStep, ctas: int) -> None:
     plan, groups = ragged_plan_for_ctas(step, ctas), step.groups()
-    base = vllm_mqa_sm90.plan_shape(ctas)[0]
-    table = torch.zeros(len(plan) - base, 4, dtype=torch.int32)
+    table = torch.zeros(len(step.context_lens), 4, dtype=torch.int32)
     table[groups[:, 0].long()] = groups
-    assert torch.equal(plan[base:], table)
-    check_shares(plan, step.context_lens, groups, ctas)
+    assert torch.equal(group_table(plan, ctas, len(table)), table)
+    assert not entries(plan)[vllm_mqa_sm90.plan_shape(ctas)[0] + len(table) :].any()
+    check_shares(plan, step.context_lens, groups, ctas, step.max_rows)
 
 
-def check_shares(plan: torch.Tensor, context_lens: torch.Tensor, groups: torch.Tensor, ctas: int) -> None:
-    header, shares = plan[0].tolist(), plan[1 : vllm_mqa_sm90.plan_shape(ctas)[0]]
-    visits = walk(plan, context_lens, ctas)
+def check_shares(
+    plan: torch.Tensor, context_lens: torch.Tensor, groups: torch.Tensor, ctas: int, max_rows: int | None = None
+) -> None:
+    """With `max_rows` of a ragged plan."""
+    header, shares = entries(plan)[0].tolist(), entries(plan)[1 : vllm_mqa_sm90.plan_shape(ctas)[0]]
+    visits = walk(plan, context_lens, ctas, max_rows)
     # In group order, every (group, tile) exactly once: so each share is contiguous too.
     assert torch.equal(visits[:, 1:], tiles_of(context_lens, groups))
     assert torch.equal(visits[:, 0], visits[:, 0].sort().values)
     assert torch.equal(torch.bincount(visits[:, 0], minlength=len(shares)), shares[:, 2].long())
 
     own, spare = shares[:ctas, 2], shares[ctas : ctas + header[1], 2]
-    assert header == [0, len(spare), 0, 0] and not shares[ctas + len(spare) :].any()
+    kind = VERSION << 16 | (context_lens.shape[1] if max_rows is None else 1 << 8 | max_rows)
+    assert header == [0, len(spare), context_lens.numel(), kind] and not shares[ctas + len(spare) :].any()
     assert int(own.max() - own.min()) <= 1
     expected = min(len(visits) // 8 // 4, 4 * ctas) if len(visits) >= 16 * ctas else 0
     assert len(spare) == expected
@@ -161,9 +170,37 @@ def test_very_long_contexts() -> None:
     assert int(plan_for_ctas(longest, 264)[1:, 2].sum()) == 2**31 // TILE
 
 
+def check_long_line(device: str) -> None:
+    """More tiles than 31 bits tell: the shares hold all of them, and start where they must."""
+    lens = torch.full((70, 1), 2**31 - 1, dtype=torch.int32, device=device)
+    in_row = 2**31 // TILE
+    plan = plan_for_ctas(lens, 132).cpu().long()
+    spares = int(plan[0, 1])
+    row, tile, tiles, packed = plan[1 : 1 + 132 + spares].unbind(1)
+    assert spares == 4 * 132 and int(tiles.sum()) == 70 * in_row
+    starts = tiles.cumsum(0) - tiles
+    assert torch.equal(row, starts // in_row) and torch.equal(tile, starts % in_row)
+    assert torch.equal(packed, 1 + 16 * row)
+    groups = torch.arange(71, dtype=torch.int32, device=device)
+    ragged = vllm_mqa_sm90.plan(lens.flatten(), query_start_loc=groups, num_sms=132)
+    assert torch.equal(entries(ragged)[1:661].cpu().long(), plan[1:])
+
+
+def test_lines_of_more_than_2_31_tiles() -> None:
+    check_long_line("cpu")
+    lens = torch.full((80, 1), 2**31 - 1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="context_lens: expected at most 2.31 tiles of 64 tokens a CTA, given more"):
+        plan_for_ctas(lens, 1)
+
+
+@pytest.mark.gpu
+def test_lines_of_more_than_2_31_tiles_on_the_device() -> None:
+    check_long_line("cuda")
+
+
 def test_empty_steps_have_plans_without_tiles() -> None:
     for context_lens in torch.empty((0, 3), dtype=torch.int32), torch.zeros((7, 2), dtype=torch.int32):
-        assert not plan_for_ctas(context_lens, 5).any()
+        assert not plan_for_ctas(context_lens, 5)[1:].any()
 
 
 def test_flat_lengths_are_groups_of_one() -> None:
@@ -207,23 +244,49 @@ def test_ragged_plan_of_a_uniform_step_is_the_uniform_plan(context_lens: torch.T
     expected = plan_for_ctas(context_lens, ctas)
     for max_rows in {next_n, 8}:
         plan = vllm_mqa_sm90.plan(context_lens.flatten(), **grouping, max_rows=max_rows, num_sms=ctas)
-        assert torch.equal(plan[: len(expected)], expected)
-        assert torch.equal(plan[len(expected) :][: len(context_lens.flatten()) : next_n], uniform_groups(context_lens))
+        assert torch.equal(entries(plan)[1 : len(expected)], expected[1:])
+        table = group_table(plan, ctas, context_lens.numel())
+        assert torch.equal(table[::next_n], uniform_groups(context_lens))
 
 
 def test_rows_of_one_index_apart_are_groups_of_their_own() -> None:
     lens, indices = torch.tensor([65, 1, 64, 2], dtype=torch.int32), torch.tensor([3, 3, 0, 3], dtype=torch.int32)
     plan = vllm_mqa_sm90.plan(lens, indices=indices, num_sms=1)
-    assert plan[6:].tolist() == [[0, 2, 3, 0], [0, 0, 0, 0], [2, 1, 0, 0], [3, 1, 3, 0]]
-    assert plan[1].tolist() == [0, 0, 4, 2 + 16 * 3]
+    assert group_table(plan, 1, 4).tolist() == [[0, 2, 3, 0], [0, 0, 0, 0], [2, 1, 0, 0], [3, 1, 3, 0]]
+    assert entries(plan)[1].tolist() == [0, 0, 4, 2 + 16 * 3]
 
 
-@pytest.mark.parametrize(("shape", "tiles"), [((4, 3), 64), ((8, 2), 0), ((24, 1), 0), ((2, 8), 0)], ids=str)
-def test_a_plan_of_another_step_leads_nowhere_outside_of_this_one(shape: tuple[int, int], tiles: int) -> None:
+@pytest.mark.parametrize("shape", [(4, 3), (12, 3), (8, 2), (24, 1), (12, 2), (6, 4)], ids=str)
+def test_a_plan_of_another_uniform_step_is_refused(shape: tuple[int, int]) -> None:
+    """By the kernel's own check, on the host: other rows, fewer or more, and as many in other groups."""
     plan = vllm_mqa_sm90.plan(torch.full((8, 3), 1000, dtype=torch.int32), num_sms=7)
-    visits = torch.full((tiles, 5), -7, dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(plan, torch.full(shape, 1000, dtype=torch.int32), visits)
-    assert all(first_row + rows <= shape[0] * shape[1] for _, first_row, rows, _, _ in visits.tolist())
+    with pytest.raises(RuntimeError, match=f"plan: expected a plan for {shape[0] * shape[1]} rows in groups of "):
+        walk(plan, torch.full(shape, 1000, dtype=torch.int32), 7)
+
+
+def test_a_ragged_plan_serves_launches_for_groups_as_wide_or_wider() -> None:
+    step = ragged_step([[1000] * 3] * 8, "indices", 3)
+    plan = ragged_plan_for_ctas(step, 7)
+    expected = walk(plan, step.context_lens, 7, 3)
+    for max_rows in 4, 8, None:
+        assert torch.equal(walk(plan, step.context_lens, 7, max_rows), expected)
+    for max_rows in 1, 2:
+        with pytest.raises(RuntimeError, match=f"plan: expected a plan for 24 rows in groups of at most {max_rows}"):
+            walk(plan, step.context_lens, 7, max_rows)
+    # A step of one row more or less may have a plan of the same shape.
+    assert vllm_mqa_sm90.plan_shape(7, 23) == vllm_mqa_sm90.plan_shape(7, 24)
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 23 rows in groups of at most 3"):
+        walk(plan, step.context_lens[:23].clone(), 7, 3)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_was_never_planned_is_refused(ragged: bool) -> None:
+    lens = torch.full((6,), 1000, dtype=torch.int32)
+    for garbage in 0, -1, 6:
+        plan = torch.full(vllm_mqa_sm90.plan_shape(7, 6 if ragged else None), garbage, dtype=torch.int32)
+        plan.view(-1, 4)[1:] = 0
+        with pytest.raises(RuntimeError, match="plan: expected a plan for 6 rows in groups of"):
+            walk(plan, lens, 7, 8 if ragged else None)
 
 
 @pytest.mark.parametrize("bounds", [[0, 9], [-5, 2, 4], [3, 1, 7], [0, 2, 2**31 - 1], [2**31 - 1, -(2**31)]])
@@ -231,25 +294,29 @@ def test_bounds_that_are_wrong_stay_within_the_step(bounds: list[int]) -> None:
     """The plan is of no use, but neither it nor the walk over it may leave the step's rows."""
     lens = torch.full((5,), 100, dtype=torch.int32)
     start = torch.tensor(bounds, dtype=torch.int32)
-    storage = torch.full((30, 4), -7, dtype=torch.int32)
+    storage = torch.full((30, 8), -7, dtype=torch.int32)
     plan = storage[10 : 10 + vllm_mqa_sm90.plan_shape(1, 5)[0]]
     vllm_mqa_sm90.plan(lens, query_start_loc=start, max_rows=2, out=plan)
     assert (storage[:10] == -7).all() and (storage[10 + len(plan) :] == -7).all()
-    first, rows = plan[6:, 0], plan[6:, 1]
+    first, rows, *_ = group_table(plan, 1, 5).unbind(1)
     assert bool(((first >= 0) & (rows >= 0) & (first + rows <= 5)).all())
 
 
-def test_shapes_of_plans_tell_ragged_from_uniform() -> None:
+def test_shapes_of_plans_tell_ragged_from_uniform_and_their_ctas() -> None:
     uniform = {vllm_mqa_sm90.plan_shape(n) for n in range(1, 300)}
+    assert len(uniform) == 299
     for rows in range(700):
         ragged = {vllm_mqa_sm90.plan_shape(n, rows) for n in range(1, 150)}
         assert len(ragged) == 149 and not ragged & uniform
+    assert not ops.is_ragged(torch.empty(vllm_mqa_sm90.plan_shape(3)))
+    assert ops.is_ragged(torch.empty(vllm_mqa_sm90.plan_shape(3, 0)))
 
 
 @st.composite
 def requests_of_rows(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int]:
     """(tokens, rows) of each request, fewer tokens than rows too, as padding has; and rows past them."""
-    requests = draw(st.lists(st.tuples(st.integers(0, 2**31 - 1) | st.integers(0, 9), st.integers(0, 9)), max_size=40))
+    tokens = st.integers(-(2**31), 2**31 - 1) | st.integers(0, 9) | st.sampled_from([-(2**31), 2**31 - 1])
+    requests = draw(st.lists(st.tuples(tokens, st.integers(0, 9)), max_size=40))
     return requests, draw(st.integers(0, 30))
 
 

@@ -218,16 +218,60 @@ def test_compile() -> None:
     assert torch.equal(compiled(*arguments), call(*arguments))
 
 
-def test_groups_wider_than_the_launch_stop_it(tmp_path: Path) -> None:
+@BY
+@pytest.mark.parametrize("padding", [0, 1, 5, 100])
+def test_clean_logits(padding: int, by: str) -> None:
+    """Also of padding rows, whose lengths must not count where query_start_loc tells them."""
+    lens = [[70, 71, 1], [], [5], [0, -3], list(range(600, 620)), [], [33, 32]]
+    step = random_ragged_step(lens, by=by, padding=padding, max_rows=3, device="cuda")
+    step.max_context_len = 700
+    out = step.run(out=poisoned(step), clean_logits=True)
+    assert_accurate(out, step)
+    assert torch.equal(out == -torch.inf, step.reference() == -torch.inf) and not out.isnan().any()
+
+
+def test_a_plan_for_narrower_groups_is_legal() -> None:
+    step = random_ragged_step([[100, 101], [300], [5, 6]], max_rows=2, device="cuda")
+    plan, expected = step.plan(), step.run(clean_logits=True)
+    for step.max_rows in 3, 6, 8:
+        assert torch.equal(step.logits(plan, clean_logits=True), expected)
+
+
+FOREIGN_PLANS = {
+    "wider groups": ("random_ragged_step([[100, 101, 102]], max_rows=3, device='cuda')", "step.max_rows = 2"),
+    "wider groups of the same kernel": (
+        "random_ragged_step([[100] * 6], max_rows=6, device='cuda')",
+        "step.max_rows = 5",
+    ),
+    "other rows of a ragged step": (
+        "random_ragged_step([[100, 101], [64]], by='query_start_loc', padding=2, max_rows=3, device='cuda')",
+        "for name in ('q', 'weights', 'context_lens'): setattr(step, name, getattr(step, name)[:4])",
+    ),
+    "another next_n": (
+        "random_step([[100, 101]] * 6, device='cuda')",
+        "step.context_lens = step.context_lens.view(4, 3); step.q = step.q.view(4, 3, 64, 128)",
+    ),
+    "fewer rows": (
+        "random_step([[100, 101]] * 6, device='cuda')",
+        "step.context_lens, step.q, step.weights = step.context_lens[:5], step.q[:5], step.weights[:10]",
+    ),
+    "no plan": ("random_step([[100, 101]] * 6, device='cuda')", "plan.zero_()"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_PLANS)
+def test_plans_for_other_launches_stop_them(tmp_path: Path, case: str) -> None:
     """In a process of its own, as the CUDA context is lost."""
-    program = """
+    made, changed = FOREIGN_PLANS[case]
+    program = f"""
 import torch
-from steps import random_ragged_step
-step = random_ragged_step([[100, 101, 102]], max_rows=3, device="cuda")
+from steps import random_ragged_step, random_step
+step = {made}
 plan = step.plan()
+step.logits(plan)
 torch.cuda.synchronize()
 print("planned", flush=True)
-step.max_rows = 2
+{changed}
 step.logits(plan)
 torch.cuda.synchronize()
 print("not stopped", flush=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The oracle itself, against the formula written out as loops over bytes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -46,6 +47,40 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = step.reference()
     monkeypatch.setattr(reference, "_CHUNK_TOKENS", 64)
     torch.testing.assert_close(step.reference(), whole)
+
+
+def special_values_step(device: str = "cpu") -> Step:
+    """Four rows over 70 tokens with NaN keys (3, 64), a NaN scale (5), a NaN query head and heads that all clip."""
+    step = random_step([[67, 68, 69, 70]], heads=16, device=device)
+    page, (first, second) = step.kv_cache.shape[1], step.block_table[0, :2].tolist()
+    pages = step.kv_cache.view(len(step.kv_cache), -1)
+    for token in 3, 64:
+        of_token = pages[first if token < page else second]
+        of_token[token % page * HEAD_DIM + 7] = 0xFF
+    pages[first][page * HEAD_DIM + 5 * 4 : page * HEAD_DIM + 6 * 4] = 0xFF
+    step.q.view(torch.uint8)[0, 1, 2, 9] = 0x7F  # row 1, head 2
+    step.q.view(torch.uint8)[0, 2] = 0  # row 2: every score is 0
+    step.weights[2] = torch.tensor([-1.0, 1.0], device=device).repeat(8)
+    step.weights[3] = -step.weights[3].abs()
+    return step
+
+
+def assert_special_values(logits: torch.Tensor, step: Step) -> None:
+    """As the docstrings of op and reference say."""
+    scale_of_5, rest = logits[:, 5], torch.arange(67, device=logits.device) != 5
+    assert scale_of_5.isnan().all()
+    assert logits[:, :67][:, rest].isfinite().all()
+    zeros = torch.cat([logits[:, 3], logits[:, 64], logits[2, :67][rest]])
+    assert (zeros == 0).all() and not zeros.signbit().any()
+    without = step.q.clone()
+    without.view(torch.uint8)[0, 1, 2] = 0
+    expected = dataclasses.replace(step, q=without).reference()
+    torch.testing.assert_close(logits[1, :67][rest], expected[1, :67][rest], rtol=1e-3, atol=1e-2)
+
+
+def test_nan_and_zero() -> None:
+    step = special_values_step()
+    assert_special_values(step.reference(), step)
 
 
 def test_flat_rows_are_groups_of_one() -> None:

@@ -23,9 +23,10 @@ PAGE_SIZES = (32, 64)
 MAX_NEXT_N = 8
 """Most query rows of one group: those of a request in a uniform step."""
 
-_PLAN_COLUMNS = 4  # kPlanColumns of csrc/params.h
-_SPARES_PER_CTA = 4  # kSparesPerCta of csrc/params.h
-_ROWS_PER_CTA = 1 + _SPARES_PER_CTA
+UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
+"""What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/params.h."""
+
+_SHARES_PER_CTA = 5  # one, and kSparesPerCta of csrc/params.h
 _ROW_ALIGNMENT = 64  # columns: whole 256-byte blocks, so that rows of logits share no cache line
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -57,23 +58,37 @@ def plan_shape(num_sms: int, rows: int | None = None) -> tuple[int, int]:
 
     Args:
         num_sms: SMs to plan for.
-        rows: T of a ragged step; None: the step is uniform. The shapes differ in any case, also
-            between different `num_sms`: the number of rows less one is a multiple of 5 for uniform
-            steps alone.
+        rows: T of a ragged step; None: the step is uniform.
     """
-    table = 0 if rows is None else rows + (rows % _ROWS_PER_CTA == 0)
-    return 1 + num_sms * _ROWS_PER_CTA + table, _PLAN_COLUMNS
+    entries = 1 + num_sms * _SHARES_PER_CTA
+    if rows is None:
+        return entries, UNIFORM_PLAN_COLUMNS
+    return (entries + rows + 1) // 2, RAGGED_PLAN_COLUMNS
 
 
 def is_ragged(plan: torch.Tensor) -> bool:
-    """Whether a plan is that of a ragged step; see `plan_shape`."""
-    return (plan.shape[0] - 1) % _ROWS_PER_CTA != 0
+    """Whether a plan is that of a ragged step."""
+    return plan.shape[1] == RAGGED_PLAN_COLUMNS
+
+
+def check_kv_cache(kv_cache: torch.Tensor) -> None:
+    """Whether `paged_mqa_logits` takes this cache, asked without a launch.
+
+    Args:
+        kv_cache: as there; on any device.
+
+    Raises:
+        RuntimeError: it does not: a wrong dtype, shape, stride or alignment, named.
+    """
+    _load()
+    torch.ops.vllm_mqa_sm90.check_kv_cache(kv_cache)
 
 
 def row_context_lens(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """The `context_lens` of a ragged step from its requests' lengths.
 
-    The rows of a request are its last tokens, and each sees the tokens up to its own. On a GPU this is
+    The rows of a request are its last tokens, and each sees the tokens up to its own, none where a
+    request is shorter than its rows. On a GPU this is
     one small launch on the current stream, with no host synchronisation, which CUDA graphs may capture.
 
     Args:
@@ -113,8 +128,9 @@ def plan(
     CPU tensors the same code runs on the host.
 
     Args:
-        context_lens: int32; contiguous. Tokens each row may see; 0 or negative marks a padding row.
-            Uniform step: `[B, next_n]`, next_n 1 to 8, or `[T]` for next_n 1. Ragged step: `[T]`.
+        context_lens: int32; contiguous. Tokens each row may see; 0 or negative, whatever the value,
+            marks a padding row. Uniform step: `[B, next_n]`, next_n 1 to 8, or `[T]` for next_n 1.
+            Ragged step: `[T]`.
         indices: int32 `[T]`, contiguous: makes the step ragged. Row of the block table that each
             row's request has; consecutive rows with the same one are a group.
         query_start_loc: int32 `[R + 1]`, contiguous: makes the step ragged, too. The rows of
@@ -128,17 +144,19 @@ def plan(
             on the same device: where to write the plan.
 
     Returns:
-        `out`, or a new tensor like it. Row 0 is `{0, spare shares, 0, 0}`; the rows after it are
-        the CTAs' shares, then the spare ones: `{first row of the first group, first tile in it,
-        number of tiles, that group's rows + 16 * request}`. A ragged step's plan goes on with the group
-        table, one row for each of the step's: `{first row, rows, request, 0}` where a group starts,
-        else zeros.
+        `out`, or a new tensor like it. Its memory is a line of entries of four int32. The first says
+        what the plan is: `{0, spare shares, T, 2 << 16 | ragged << 8 | rows of a group}`, of a uniform
+        step's groups next_n, of a ragged one's `max_rows`. Then come the CTAs' shares, then the spare
+        ones: `{first row of the first group, first tile in it, number of tiles, that group's rows + 16 *
+        request}`. A ragged plan goes on with the group table, an entry for each row of the step: `{first
+        row, rows, request, 0}` where a group starts, else zeros.
 
     Raises:
         ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`;
             `max_rows` is given for a uniform step.
         RuntimeError: a wrong dtype, device, shape, stride or `max_rows`, both `indices` and
-            `query_start_loc`: named.
+            `query_start_loc`: named. 2^31 tiles or more a CTA: on the CPU; on a GPU the launch stops
+            with an error.
     """
     _load()
     ragged = indices is not None or query_start_loc is not None
@@ -184,7 +202,9 @@ def paged_mqa_logits(
 
         out[t, s] = k_scale[s] * sum_h weights[t, h] * relu(q[t, h, :] . k[s, :])
 
-    with products of FP8 values and sums in FP32. This is the index score of DeepSeek-V3.2
+    with products of FP8 values and sums in FP32. relu of NaN is 0: a key with a NaN among its values has
+    logit 0, and a query's head with one counts for nothing; scales and weights of NaN make NaN. Where
+    all heads score 0 the logit is +0, given a positive scale. This is the index score of DeepSeek-V3.2
     (DeepSeek-AI, "DeepSeek-V3.2-Exp", equation 1) with the queries' scale folded into `weights`.
     A row's bits depend on its own query, weights, length and keys alone: not on the batch, on
     the rows that it shares a group with, or on the plan's number of CTAs. Asynchronous on the
@@ -200,18 +220,21 @@ def paged_mqa_logits(
             lie any multiple of 16 bytes apart, on a 16-byte boundary.
         weights: float32 `[T, H]`, contiguous.
         context_lens: int32 `[B, next_n]`, or `[T]` for next_n 1 and for ragged steps; contiguous;
-            next_n is 1 to 8. Tokens each row may see; 0 or negative marks a padding row. Tokens past
-            `max_context_len` are left out; those past the block table have unspecified logits.
+            next_n is 1 to 8. Tokens each row may see; 0 or negative, whatever the value, marks a padding
+            row. Tokens past `max_context_len` are left out; those past the block table have unspecified
+            logits.
         block_table: int32 `[R, max_pages]`, last stride 1; R is at least B, and more than any request
             of a ragged step with a row that is not padding. Page of the request's tokens
-            [i * page, (i + 1) * page) in column i. Entries past a context are never read from.
+            [i * page, (i + 1) * page) in column i. Entries past a context are never read from. An id
+            that is no page within a context reads as zeros.
         plan: what `plan` returned for the same lengths, and `indices` or `query_start_loc`. The kernel
-            counts in it while it runs: launches that may overlap, on two streams, need a plan each.
+            counts in it while it runs: launches that may overlap, on two streams, need a plan each. A
+            plan for another T, next_n or kind of step, or never made, stops the launch with an error.
         max_context_len: columns of the result.
-        max_rows: for a ragged step, the plan's (default 8): chooses the kernel, which works in
-            vain where groups have fewer rows. A wider group stops the kernel with an error.
-        clean_logits: sets every column at and past its row's length to -inf; else those columns
-            are unspecified.
+        max_rows: for a ragged step, the plan's (default 8) or more: chooses the kernel, which works in
+            vain where groups have fewer rows. A plan for wider groups stops the launch with an error.
+        clean_logits: sets every column at and past its row's length to -inf, and past the block table,
+            and padding rows whole, by one more launch; else those columns are unspecified.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
 
     Returns:
@@ -227,11 +250,8 @@ def paged_mqa_logits(
         padded = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         out = torch.empty((context_lens.numel(), padded), dtype=torch.float32, device=context_lens.device)[:, :columns]
     torch.ops.vllm_mqa_sm90.paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out
+        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, clean_logits, out
     )
-    if clean_logits:
-        positions = torch.arange(max_context_len, device=out.device)
-        out.masked_fill_(positions >= context_lens.view(-1, 1), float("-inf"))
     return out
 
 

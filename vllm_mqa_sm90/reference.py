@@ -48,7 +48,7 @@ def paged_mqa_logits(
     """What `vllm_mqa_sm90.paged_mqa_logits` computes, with every operation in FP32.
 
     Arguments as there, and as for `vllm_mqa_sm90.plan`; `kv_cache` may have any strides, a request
-    any number of rows. Reads only the pages that the block table names for tokens within a context.
+    any number of rows. As there, relu of NaN is 0, and a sum of scores that are all 0 is +0. Reads only the pages that the block table names for tokens within a context.
     Goes request by request, so it is slow, and synchronises.
 
     Returns:
@@ -69,7 +69,8 @@ def paged_mqa_logits(
             keys, scales = split_pages(kv_cache[pages.long()])
             keys, scales = keys[: stop - start], scales[: stop - start]
             # FP8 values fit TF32 too, so the products are exact whatever matmul precision is set.
-            scores = torch.relu(query @ keys.T).view(end - first, heads, -1)
-            logits[first:end, start:stop] = (scores * weights[first:end, :, None]).sum(dim=1) * scales
+            scores = torch.relu(query @ keys.T).nan_to_num(nan=0.0).view(end - first, heads, -1)
+            sums = (scores * weights[first:end, :, None]).sum(dim=1) + 0.0  # + 0.0 makes +0 of -0
+            logits[first:end, start:stop] = sums * scales
         logits[first:end].masked_fill_(positions >= lens[first:end, None], float("-inf"))
     return logits
