@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin in a real vLLM, without a GPU: its platform says Hopper, and tensors are on the CPU."""
 
+import contextlib
 import inspect
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,10 +264,11 @@ def make_spec(block_size: int = 64, compression: int = 1, head_size: int = 132) 
 
 
 def add_cache(config: Any, path: str = seams.CACHES[0], backend_name: str = "DeepseekV32IndexerBackend") -> str:
-    """Registers a stand-in for an indexer cache layer of that class; its name."""
+    """Registers a stand-in for an indexer cache layer of that class, with its part of the KV cache; its name."""
     module, _, name = path.rpartition(".")
     stock_backend = seams.resolve(f"{seams.INDEXER}:{backend_name}")
     layer = type(name, (), {"__module__": module, "get_attn_backend": lambda self: stock_backend})()
+    layer.kv_cache = torch.zeros(2, 64, 132, dtype=torch.uint8)
     config.compilation_config.static_forward_context["model.layers.0.indexer.k_cache"] = layer
     return "model.layers.0.indexer.k_cache"
 
@@ -275,13 +278,15 @@ def make_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
     return construct(seams.resolve(seams.BUILDER_OF_BACKEND)(), config, spec, layer)
 
 
-def construct(builder: type, config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
+def construct(
+    builder: type, config: Any, spec: MLAAttentionSpec, layer: str, device: torch.device = torch.device("cpu")
+) -> Any:
     width = {"block_table_width": PAGES} if getattr(builder, "requires_block_table_width", False) else {}
-    return builder(spec, [layer], config, torch.device("cpu"), **width)
+    return builder(spec, [layer], config, device, **width)
 
 
-def make_step(context: list[int], query: list[int]) -> CommonAttentionMetadata:
-    """A decode step: per request its tokens, those of this step included, and those of this step."""
+def make_step(context: list[int], query: list[int], tokens: int | None = None) -> CommonAttentionMetadata:
+    """A decode step: per request its tokens, those of this step included, and those of this step; with padding `tokens`."""
     starts = torch.tensor([0, *query]).cumsum(0).to(torch.int32)
     lengths = torch.tensor(context, dtype=torch.int32)
     return CommonAttentionMetadata(
@@ -290,11 +295,11 @@ def make_step(context: list[int], query: list[int]) -> CommonAttentionMetadata:
         seq_lens=lengths,
         seq_lens_cpu_upper_bound=lengths,
         num_reqs=len(query),
-        num_actual_tokens=sum(query),
+        num_actual_tokens=tokens or sum(query),
         max_query_len=max(query),
         max_seq_len=max(context),
         block_table_tensor=torch.arange(len(query) * PAGES, dtype=torch.int32).view(len(query), PAGES),
-        slot_mapping=torch.zeros(sum(query), dtype=torch.int64),
+        slot_mapping=torch.zeros(tokens or sum(query), dtype=torch.int64),
     )
 
 
@@ -333,7 +338,7 @@ def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[
     assert decode.schedule_metadata.shape == ops.plan_shape(NUM_SMS)
     assert decode.schedule_metadata.data_ptr() == builder.scheduler_metadata_buffer.data_ptr()
     assert torch.equal(decode.schedule_metadata, vllm_mqa_sm90.plan(decode.seq_lens, num_sms=NUM_SMS))
-    assert decode.schedule_metadata[:, 2].sum() == 64 + 2 + 1 + 1  # 64-token tiles
+    assert decode.schedule_metadata[1:, 2].sum() == 64 + 2 + 1 + 1  # 64-token tiles
     assert not schedules
     assert f"num_speculative_tokens={tokens} decodes natively (next_n={next_n}" in log(logging.INFO)[-1]
 
@@ -344,9 +349,9 @@ def test_padding_requests_have_length_zero(schedules: list[Any], tokens: int) ->
     config = make_config(tokens)
     builder = make_builder(config, make_spec(), add_cache(config))
     next_n = tokens + 1
-    decode = builder.build(0, make_step([100, 70, 0, 0], [next_n, next_n, 0, 0])).decode
+    decode = builder.build(0, make_step([100, 70, 0, 0], [next_n, next_n, 0, 0], tokens=4 * next_n)).decode
     assert decode.seq_lens[2:].tolist() == [[0] * next_n] * 2
-    assert decode.schedule_metadata[:, 2].sum() == 4
+    assert decode.schedule_metadata[1:, 2].sum() == 4
 
 
 @pytest.mark.parametrize("query", [1, 2])
@@ -357,12 +362,13 @@ def test_step_shorter_than_next_n_is_native(schedules: list[Any], query: int) ->
     decode = builder.build(0, step).decode
     assert decode.seq_lens.tolist() == [[length - query + 1 + row for row in range(query)] for length in (200, 300)]
     assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
-    assert decode.schedule_metadata[:, 2].sum() == 4 + 5
+    assert decode.schedule_metadata[1:, 2].sum() == 4 + 5
 
 
 def groups_of(plan: torch.Tensor) -> list[list[int]]:
     """First row, rows and request of each group of a ragged step's plan."""
-    table = plan[ops.plan_shape(NUM_SMS)[0] :]
+    assert ops.is_ragged(plan)
+    table = plan.view(-1, 4)[ops.plan_shape(NUM_SMS)[0] :]
     return [group[:3] for group in table.tolist() if group[1]]
 
 
@@ -388,6 +394,80 @@ def test_ragged_step_keeps_its_requests(schedules: list[Any], tokens: int) -> No
     assert torch.equal(uniform.schedule_metadata, vllm_mqa_sm90.plan(uniform.seq_lens, num_sms=NUM_SMS))
     assert uniform.schedule_metadata.data_ptr() == decode.schedule_metadata.data_ptr()
     assert not schedules
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A step whose uniform shape is only nearly so: k=2, and what the plan must say."""
+
+    context: list[int]
+    query: list[int]
+    tokens: int | None
+    lens: list[int]
+    groups: list[list[int]]
+
+
+PADDED = {
+    # vLLM's op reads two tokens a request out of 12 over 6.
+    "tokens but not requests": Padded(
+        [9] * 6, [1] * 6, 12, [9] * 6 + [0] * 6, [[request, 1, request] for request in range(6)]
+    ),
+    "requests but not tokens": Padded([9, 9, 0, 0], [3, 3, 0, 0], 6, [7, 8, 9] * 2, [[0, 3, 0], [3, 3, 1]]),
+    "some of the tokens": Padded([9, 9, 0], [3, 3, 0], 8, [7, 8, 9] * 2 + [0] * 2, [[0, 3, 0], [3, 3, 1]]),
+    "a request without tokens first": Padded([9, 9, 9], [0, 3, 3], None, [7, 8, 9] * 2, [[0, 3, 1], [3, 3, 2]]),
+    "and before a prefill": Padded([9, 9, 9, 90], [3, 3, 0, 90], None, [7, 8, 9] * 2, [[0, 3, 0], [3, 3, 1]]),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_what_is_padded_otherwise_than_a_uniform_step_is_ragged(
+    schedules: list[Any], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr(sys.modules[seams.INDEXER], "build_prefill_chunk_metadata", lambda *_, **__: None)
+    step = PADDED[case]
+    config = make_config(2)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    metadata = builder.build(0, make_step(step.context, step.query, step.tokens))
+    assert metadata.num_decode_tokens == len(step.lens)
+    assert metadata.decode.seq_lens.flatten().tolist() == step.lens
+    assert metadata.decode.decode_lens.tolist() == [1] * len(step.lens)
+    assert groups_of(metadata.decode.schedule_metadata) == step.groups
+
+
+@pytest.mark.parametrize("query", [[0], [0, 0], [0, 90, 0], [0, 0, 90, 90]], ids=str)
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7])
+def test_decode_part_without_query_tokens(
+    schedules: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: int, adaptive: bool, query: list[int]
+) -> None:
+    """vLLM's op would score one row for it, the first of the buffer, which is the first prefill's."""
+    scored = []
+    indexer, op = sys.modules[seams.INDEXER], sys.modules[seams.OP]
+    monkeypatch.setattr(indexer, "build_prefill_chunk_metadata", lambda *_, **__: None)
+    config = make_config(tokens, adaptive=adaptive)
+    layer = add_cache(config)
+    builder = make_builder(config, make_spec(), layer)
+    rows = max(sum(query), 1)
+    metadata = builder.build(0, make_step([300] * len(query), query))
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefill_tokens) == (0, 0, sum(query))
+
+    context = SimpleNamespace(attn_metadata={layer: metadata}, cudagraph_runtime_mode=None)
+    monkeypatch.setattr(op, "get_forward_context", lambda: context)
+    monkeypatch.setattr(op, "fp8_fp4_paged_mqa_logits", lambda *_, **__: scored.append(1))
+    manager = SimpleNamespace(get_simultaneous=lambda *specs: [torch.empty(0)] * len(specs))
+    monkeypatch.setattr(op, "current_workspace_manager", lambda: manager)
+    chosen = torch.arange(rows * 2048, dtype=torch.int32).view(rows, 2048)
+    before = chosen.clone()
+    given = {
+        "hidden_states": torch.empty(0, 8), "k_cache_prefix": layer, "kv_cache": torch.empty(2, 64, 132),
+        "q_quant": torch.empty(rows, 64, 128), "q_scale": None, "k": None, "weights": torch.empty(rows, 64),
+        "quant_block_size": 128, "scale_fmt": None, "topk_tokens": 2048, "head_dim": 128, "max_model_len": 4096,
+        "total_seq_lens": 300, "topk_indices_buffer": chosen, "skip_k_cache_insert": True, "use_pcp": False,
+        "pcp_shard_decode_requests": False, "dense_mha_metadata_layer_name": "",
+    }  # fmt: skip
+    parameters = inspect.signature(op.sparse_attn_indexer).parameters
+    op.sparse_attn_indexer(**{name: value for name, value in given.items() if name in parameters})
+    assert not scored and torch.equal(chosen, before)
 
 
 def test_prefills_follow_a_ragged_steps_decodes(schedules: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +518,7 @@ def test_plan_follows_the_step(schedules: list[Any], tokens: int) -> None:
     first = builder.build(0, make_step([640], [tokens + 1])).decode.schedule_metadata
     second = builder.build(0, make_step([64, 128], [tokens + 1] * 2)).decode.schedule_metadata
     assert first.data_ptr() == second.data_ptr()
-    assert second[:, 2].sum() == 3
+    assert second[1:, 2].sum() == 3
 
 
 def test_lengths_without_speculation_are_not_written(schedules: list[Any]) -> None:
@@ -450,24 +530,53 @@ def test_lengths_without_speculation_are_not_written(schedules: list[Any]) -> No
     assert step.seq_lens.tolist() == [5, 0]
 
 
+@contextlib.contextmanager
+def without_slot_mapping() -> Iterator[None]:
+    """Of compressed caches: a Triton kernel, and not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys.modules[seams.INDEXER],
+            "get_compressed_slot_mapping",
+            lambda num_tokens, *_, out, **__: out[:num_tokens],
+        )
+        yield
+
+
+@pytest.mark.parametrize(
+    ("context", "query", "tokens", "lens", "groups"),
+    [
+        ([400, 80, 8], [1, 0, 1], None, [100, 2], [[0, 1, 0], [1, 1, 2]]),
+        ([400, 80, 8], [1, 1, 1], 6, [100, 20, 2, 0, 0, 0], [[0, 1, 0], [1, 1, 1], [2, 1, 2]]),
+        ([400, 80, 8], [0, 1, 1], 6, [20, 2, 0, 0, 0, 0], [[0, 1, 1], [1, 1, 2]]),
+    ],
+    ids=str,
+)
+def test_ragged_steps_of_v4_whose_longest_query_is_one(
+    schedules: list[Any], context: list[int], query: list[int], tokens: int, lens: list[int], groups: list[list[int]]
+) -> None:
+    config = make_config(2)
+    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
+    builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+    with without_slot_mapping():
+        decode = builder.build(0, make_step(context, query, tokens)).decode
+    assert decode.seq_lens.flatten().tolist() == lens
+    assert groups_of(decode.schedule_metadata) == groups
+    assert decode.schedule_metadata.view(-1, 4)[0, 2] == len(lens)
+
+
 def test_compressed_cache_of_v4(schedules: list[Any]) -> None:
     config = make_config(2)
     layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
     builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
     builder_of_v4 = seams.resolve(f"{seams.INDEXER}:DeepseekV4IndexerBackend").get_builder_cls()
     assert type(builder) is builder_of_v4
-    with pytest.MonkeyPatch.context() as patch:  # a Triton kernel, and not what is tested
-        patch.setattr(
-            sys.modules[seams.INDEXER],
-            "get_compressed_slot_mapping",
-            lambda num_tokens, *_, out, **__: out[:num_tokens],
-        )
+    with without_slot_mapping():
         decode = builder.build(0, make_step([4096, 258], [3, 3])).decode
         assert decode.seq_lens.tolist() == [[4094 // 4, 4095 // 4, 4096 // 4], [64, 64, 64]]
-        assert decode.schedule_metadata[:, 2].sum() == 16 + 1
+        assert decode.schedule_metadata[1:, 2].sum() == 16 + 1
         ragged = builder.build(0, make_step([4096, 258], [3, 1])).decode
     assert ragged.seq_lens.tolist() == [[4094 // 4], [4095 // 4], [4096 // 4], [64]]
-    shares = ragged.schedule_metadata[: ops.plan_shape(NUM_SMS)[0]]
+    shares = ragged.schedule_metadata.view(-1, 4)[1 : ops.plan_shape(NUM_SMS)[0]]
     assert shares[:, 2].sum() == 16 + 1
     assert groups_of(ragged.schedule_metadata) == [[0, 3, 0], [3, 1, 1]]
 
@@ -494,6 +603,25 @@ if seams.release() >= (0, 32):
             metadata.decode.schedule_metadata, vllm_mqa_sm90.plan(metadata.decode.seq_lens, num_sms=NUM_SMS)
         )
         assert not schedules
+
+    @pytest.mark.parametrize("adaptive", [False, True])
+    @pytest.mark.parametrize("newer", [[2, 1, 1], [2, 2], [1, 1, 1]], ids=str)
+    def test_draft_steps_are_updated_as_they_were_built(
+        schedules: list[Any], newer: list[int], adaptive: bool
+    ) -> None:
+        """Whatever the same builder has built since; what that step uses is overwritten, as vLLM's own is."""
+        config = make_config(1, adaptive=adaptive)
+        builder = make_builder(config, make_spec(), add_cache(config))
+        metadata = builder.build(0, make_step([64, 128], [1, 1]))
+        builder.build(0, make_step([70] * len(newer), newer))
+        metadata.seq_lens += 1
+        builder.update_draft_decode_metadata(metadata)
+        plan = metadata.decode.schedule_metadata
+        assert metadata.decode.seq_lens.tolist() == [[65], [129]]
+        assert ops.is_ragged(plan) == adaptive
+        starts = {"query_start_loc": torch.arange(3, dtype=torch.int32), "max_rows": 2} if adaptive else {}
+        lens = metadata.decode.seq_lens.view(-1)
+        assert torch.equal(plan, vllm_mqa_sm90.plan(lens, num_sms=NUM_SMS, **starts))
 
 
 UNKNOWN_CACHE = "vllm.models.glm5next.common.attention.Glm5NextIndexerCache"
@@ -537,6 +665,57 @@ def test_refused_builder_is_vllms(
     monkeypatch.setenv("MQA_SM90", "require")
     with pytest.raises(RuntimeError, match="MQA_SM90=require, but this model's sparse indexer keeps"):
         make_builder(config, spec(), layer)
+
+
+def cache_of(page_stride: int, offset: int = 0) -> torch.Tensor:
+    storage = torch.zeros(4 * page_stride + offset, dtype=torch.uint8)
+    return storage[offset:].as_strided((3, 64, 132), (page_stride, 132, 1))
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        (cache_of(64 * 132 + 8), "a page stride .* multiple of 16 bytes .*strides .8456, "),
+        (cache_of(64 * 132, offset=4), "an address that is a multiple of 16 bytes"),
+        (torch.zeros(3, 64, 264, dtype=torch.uint8)[..., ::2], "pages dense inside"),
+        ([torch.zeros(3, 64, 132)], "'list' object has no attribute 'unsqueeze'"),
+    ],
+    ids=["page stride", "address", "tokens apart", "another kind"],
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_a_cache_that_the_kernel_cannot_read_is_noticed_before_the_first_launch(
+    schedules: list[Any], log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, tokens: int, cache: Any,
+    reason: str,
+) -> None:  # fmt: skip
+    """Builders come before the tensors: the first step that is built after them decides."""
+    config = make_config(tokens)
+    layer = add_cache(config)
+    of_layer = config.compilation_config.static_forward_context[layer]
+    of_layer.kv_cache = torch.tensor([])
+    query = [tokens + 1, max(tokens, 1)]
+    step = make_step([200, 300], query)
+    stock = construct(seams.resolve(seams.STOCK_BUILDER), config, make_spec(), layer)
+    step.block_table_tensor = step.block_table_tensor[:, : stock.expanded_block_table_buffer.shape[1]]
+    builder = make_builder(config, make_spec(), layer)
+    builder.build(0, step)
+    assert not schedules and not log(logging.WARNING)
+
+    of_layer.kv_cache = cache
+    expected = stock.build(0, step).decode
+    for _ in range(2):
+        decode = builder.build(0, step).decode
+        assert decode.schedule_metadata.shape == (NUM_SMS + 1, 2)
+        assert torch.equal(decode.schedule_metadata, expected.schedule_metadata)
+        assert torch.equal(decode.seq_lens, expected.seq_lens)
+        assert torch.equal(decode.block_table, expected.block_table)
+    assert builder.use_flattening == stock.use_flattening == (tokens == 2)
+    (line,) = log(logging.WARNING)
+    assert re.search(f"keeps vLLM's own decode path: the kernel cannot read its cache: .*{reason}", line)
+    assert backend.report()["reason"] == builder.refusal
+
+    monkeypatch.setenv("MQA_SM90", "require")
+    with pytest.raises(RuntimeError, match="MQA_SM90=require, but this model's sparse indexer keeps"):
+        make_builder(config, make_spec(), layer).build(0, step)
 
 
 @pytest.mark.parametrize("axis", ["decode_context_parallel_size", "prefill_context_parallel_size"])

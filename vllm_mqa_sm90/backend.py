@@ -9,7 +9,6 @@ layer by layer, whose kernel the step is for, and whether it is ragged.
 """
 
 import functools
-import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_mqa_sm90 import machine, ops, seams
@@ -107,6 +107,7 @@ def make_backend() -> type:
     stock_backend = seams.resolve(seams.STOCK_BACKEND)
     stock_builder = seams.resolve(seams.STOCK_BUILDER)
     clamp_lengths = not seams.clamps_padding()
+    divides_by_request = seams.divides_by_request()
 
     class MqaSm90IndexerMetadataBuilder(stock_builder):
         """vLLM's builder. With a `refusal` it is just that; without one its metadata are for our kernel."""
@@ -123,9 +124,8 @@ def make_backend() -> type:
         def __init__(
             self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, **kwargs: Any
         ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
             self.refusal = refusal(type(self), vllm_config, kv_cache_spec)
-            with self._turn():
-                super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)
             _builders.add(self)
             if self.refusal is not None:
                 _refuse(self.refusal)
@@ -133,35 +133,73 @@ def make_backend() -> type:
             global _max_rows
             next_n = self.num_speculative_tokens + 1
             _max_rows = max(_max_rows, next_n)
-            self.use_flattening = False
+            # What it takes to be vLLM's own again: its tensors are bound to the layers later.
+            self._caches_seen = False
+            self._stock = {name: getattr(self, name) for name in ("use_flattening", "scheduler_metadata_buffer")}
             self._always_ragged = _adapts(vllm_config)
-            # For any step: what a step uses is the beginning.
-            self._plan_buffer = torch.zeros(
-                ops.plan_shape(self.num_sms, len(self.decode_seq_lens_buffer)), dtype=torch.int32, device=self.device
-            )
+            # Plans for any step: what a step uses is the beginning.
+            rows, columns = ops.plan_shape(self.num_sms, len(self.decode_seq_lens_buffer))
+            self._ragged_plans = torch.zeros(rows, columns, dtype=torch.int32, device=self.device)
+            rows, columns = ops.plan_shape(self.num_sms)
+            self._uniform_plan = self._ragged_plans.view(-1, columns)[:rows]
             logger().info_once(
                 "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)", next_n - 1, next_n
             )
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-            if self.refusal is None:
-                # vLLM's native path is for uniform steps: of others, all requests after the first ones of equal
-                # length go through the prefill logits, which gather their whole contexts.
-                self.use_flattening = self._always_ragged or self._is_ragged(common_attn_metadata.query_start_loc_cpu)
-                self._query_start_loc = common_attn_metadata.query_start_loc
-            with self._turn():
+            if self.refusal is None and not self._caches_seen:
+                self._look_at_caches()
+            if self.refusal is not None:
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            # vLLM's native path is for uniform steps: of others, all requests after the first ones of equal
+            # length go through the prefill logits, which gather their whole contexts.
+            self.use_flattening = self._always_ragged or self._is_ragged(common_attn_metadata)
+            self._query_start_loc = common_attn_metadata.query_start_loc
+            token = _building.set(self)
+            try:
+                metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+            finally:
+                _building.reset(token)
+            if metadata.num_decode_tokens == 0:
+                # Requests without query tokens alone: for them vLLM's op would score, and overwrite the choice
+                # of, the first row of the buffer, which is a prefill's.
+                metadata.num_decodes, metadata.decode = 0, None
+            return metadata
 
-        def _is_ragged(self, query_start_loc: torch.Tensor) -> bool:
-            """Whether the step's decode requests, which come first, bring unequal numbers of query tokens.
+        def _look_at_caches(self) -> None:
+            """Before the first launch: leaves the steps to vLLM if the kernel cannot read the layers' caches."""
+            try:
+                caches = seams.kv_caches(self.vllm_config, self.layer_names)
+                if not all(cache.numel() for cache in caches):
+                    return  # a build before vLLM has bound them
+                for cache in caches:
+                    ops.check_kv_cache(cache)
+            except Exception as error:  # layers unlike those of known releases must not stop vLLM
+                self.refusal = f"the kernel cannot read its cache: {error}"
+                for name, value in self._stock.items():
+                    setattr(self, name, value)
+                _refuse(self.refusal)
+            self._caches_seen = True
 
-            Requests without any after the last one with some are a CUDA graph's padding, and do not count.
+        def _is_ragged(self, step: Any) -> bool:
+            """Whether a step's decode requests, which come first, bring unequal numbers of query tokens.
+
+            Requests without any after the last one with some are a CUDA graph's padding: in a uniform step
+            they have rows like the others, and in one whose rows are padded otherwise, which is ragged, none.
             """
-            counts = query_start_loc.diff().tolist()
-            decodes = list(itertools.takewhile(lambda count: count <= self.num_speculative_tokens + 1, counts))
-            while decodes and decodes[-1] == 0:
-                decodes.pop()
-            return len(set(decodes)) > 1
+            starts = step.query_start_loc_cpu.numpy()
+            counts = starts[1:] - starts[:-1]
+            longer = counts > self.num_speculative_tokens + 1
+            decodes, tokens = len(counts), step.num_actual_tokens
+            first_prefill = int(longer.argmax())
+            if longer[first_prefill]:
+                decodes, tokens = first_prefill, int(starts[first_prefill])
+            if tokens == 0:
+                return False
+            each, own = int(counts[0]), int(starts[decodes])
+            if decodes * each != tokens or own % each:
+                return True
+            return not np.all(counts[: own // each] == each)
 
         def _prepare_decode_tensors(
             self,
@@ -179,6 +217,7 @@ def make_backend() -> type:
             """Of a ragged step: lengths by row, `[T]`, and the block table by request, as it is.
 
             All that says which rows are a request's is on the device: a CUDA graph's steps may differ in it.
+            (Where vLLM is about to divide lengths, one a request, it gets so many: a row each, if that.)
             """
             if self.refusal is not None or use_native:
                 return super()._prepare_decode_tensors(
@@ -196,32 +235,40 @@ def make_backend() -> type:
             self._query_start_loc = self._query_start_loc[: num_decodes + 1]
             row_lens = self.decode_seq_lens_buffer[:num_decode_tokens]
             ops.row_context_lens(seq_lens, self._query_start_loc, out=row_lens)
+            if divides_by_request and self.compress_ratio > 1 and max_decode_len <= 1:
+                row_lens = self.decode_seq_lens_buffer[:num_decodes]
             one_each = self.decode_lens_buffer[:num_decode_tokens].fill_(1)
             return row_lens, block_table, one_each, num_decode_tokens, False
 
         def update_draft_decode_metadata(self, metadata: Any) -> None:
-            with self._turn():
-                super().update_draft_decode_metadata(metadata)
+            decode = metadata.decode
+            if self.refusal is not None or decode is None:
+                return super().update_draft_decode_metadata(metadata)
+            # Whatever was built since: this step's kind, and a row for each request.
+            self.use_flattening = ops.is_ragged(decode.schedule_metadata)
+            self._query_start_loc = self.arange_buffer[: metadata.num_decode_tokens + 1]
+            with _as(self):
+                return super().update_draft_decode_metadata(metadata)
 
         def plan(self, context_lens: torch.Tensor) -> torch.Tensor:
             """The plan for lengths `[B, next_n]`, of a ragged step `[T, 1]`.
 
             It becomes vLLM's schedule buffer, so that vLLM's copy into that has nothing to do.
             """
-            rows = len(context_lens) if self.use_flattening else None
-            self.scheduler_metadata_buffer = plan = self._plan_buffer[: ops.plan_shape(self.num_sms, rows)[0]]
             if self.use_flattening:
+                rows = ops.plan_shape(self.num_sms, len(context_lens))[0]
+                self.scheduler_metadata_buffer = plan = self._ragged_plans[:rows]
                 max_rows = self.num_speculative_tokens + 1
                 return ops.plan(
                     context_lens.view(-1), query_start_loc=self._query_start_loc, max_rows=max_rows, out=plan
                 )
-            if clamp_lengths and context_lens.shape[1] > 1:
+            self.scheduler_metadata_buffer = plan = self._uniform_plan
+            if context_lens.shape[1] == 0:  # requests without query tokens alone
+                context_lens = context_lens.view(0, 1)
+            elif clamp_lengths and context_lens.shape[1] > 1:
                 # The top-k kernels after ours read lengths as unsigned.
                 context_lens.clamp_(min=0)
             return ops.plan(context_lens, out=plan)
-
-        def _turn(self) -> Any:
-            return _as(self if self.refusal is None else None)
 
     class MqaSm90IndexerBackend(stock_backend):
         """vLLM's backend with our builder. It keeps vLLM's name, by which vLLM picks warm-ups."""
@@ -263,7 +310,7 @@ def _native_gate(stock: Callable[[int], bool]) -> Callable[[int], bool]:
 
 
 def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    plan_columns = ops.plan_shape(1)[1]  # DeepGEMM's schedule has two
+    plan_columns = ops.UNIFORM_PLAN_COLUMNS, ops.RAGGED_PLAN_COLUMNS  # DeepGEMM's schedule has two
 
     @functools.wraps(stock)
     def fp8_fp4_paged_mqa_logits(
@@ -276,7 +323,7 @@ def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         max_model_len: int,
         **options: Any,
     ) -> torch.Tensor:
-        if schedule_metadata.shape[1] != plan_columns:
+        if schedule_metadata.shape[1] not in plan_columns:
             return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
         ragged = ops.is_ragged(schedule_metadata)
         return ops.paged_mqa_logits(

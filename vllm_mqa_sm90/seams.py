@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Release = tuple[int, int]
 
 OLDEST: Release = (0, 24)
@@ -131,8 +133,10 @@ SEAMS = (
             "scheduler_metadata_buffer",
             "decode_seq_lens_buffer",
             "decode_lens_buffer",
+            "arange_buffer",
             "use_flattening",
             "num_speculative_tokens",
+            "compress_ratio",
         ),
     ),
     Seam(
@@ -263,6 +267,17 @@ def page_size(kv_cache_spec: Any) -> int:
 def clamps_padding() -> bool:
     """Whether native steps give padding rows length 0; before 0.28 they gave 1 - next_n and up."""
     return release() >= (0, 28)
+
+
+def divides_by_request() -> bool:
+    """Whether V4's flattened steps of at most one row a request get as many lengths divided as there are requests."""
+    return release() < (0, 28)
+
+
+def kv_caches(vllm_config: Any, layer_names: Iterable[str]) -> list[torch.Tensor]:
+    """The layers' parts of the KV cache as the op passes them to the logits; empty while vLLM has not bound them."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return [layers[name].kv_cache.unsqueeze(-2) for name in layer_names]
 
 
 def cache_layers(vllm_config: Any, builder: type) -> dict[str, str]:
