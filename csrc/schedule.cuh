@@ -150,38 +150,54 @@ MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, const Group&
   return tiles_of_length(longest_of_rows(context_lens + group.first_row, group.rows));
 }
 
+// a / b of numbers that are not negative, in 32 bits where these do: the GPU divides 64 in a hundred instructions.
+MQA_HOST_DEVICE int64_t divide(int64_t a, int32_t b) {
+  return a >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+}
+
+// A number of tiles in so many parts, as equal as can be.
+struct Parts {
+  int64_t each;  // at least
+  int32_t rest, parts;
+
+  MQA_HOST_DEVICE Parts(int64_t tiles, int32_t count)
+      : each(divide(tiles, count)), rest(static_cast<int32_t>(tiles - each * count)), parts(count) {}
+
+  // Where part `i` starts: i * tiles / parts.
+  MQA_HOST_DEVICE int64_t start(int32_t i) const { return each * i + divide(int64_t{rest} * i, parts); }
+};
+
 // How a line of `total` tiles is cut.
 struct Cut {
   static constexpr int32_t kSparePart = 8;      // one tile in so many is in a spare share
   static constexpr int32_t kSpareTiles = 4;     // of a spare share, at least
   static constexpr int32_t kTilesWorthIt = 16;  // of a CTA: with fewer there are no spare shares
 
-  int64_t total, own;  // `own`: tiles in the CTAs' own shares, which come first
+  int64_t spare_tiles;
   int32_t num_ctas, spares;
+  int64_t own_tiles;  // in the CTAs' own shares, which come first
+  Parts own, spare;
 
-  MQA_HOST_DEVICE Cut(int64_t total_tiles, int32_t ctas) : total(total_tiles), num_ctas(ctas) {
-    const int64_t spare_tiles = total >= int64_t{kTilesWorthIt} * ctas ? total / kSparePart : 0;
-    const int64_t most = int64_t{kSparesPerCta} * ctas;
-    spares = static_cast<int32_t>(spare_tiles / kSpareTiles < most ? spare_tiles / kSpareTiles : most);
-    own = spares > 0 ? total - spare_tiles : total;
-  }
+  MQA_HOST_DEVICE Cut(int64_t total, int32_t ctas)
+      : spare_tiles(total >= int64_t{kTilesWorthIt} * ctas ? total / kSparePart : 0),
+        num_ctas(ctas),
+        spares(static_cast<int32_t>(least(spare_tiles / kSpareTiles, int64_t{kSparesPerCta} * ctas))),
+        own_tiles(spares > 0 ? total - spare_tiles : total),
+        own(own_tiles, ctas),
+        spare(total - own_tiles, spares > 0 ? spares : 1) {}
 
   MQA_HOST_DEVICE int32_t shares() const { return num_ctas + spares; }
 
   // Whether the shares' tiles can be told in 31 bits: the spare ones have fewer than a CTA's own.
-  MQA_HOST_DEVICE bool fits() const { return own / num_ctas < std::numeric_limits<int32_t>::max(); }
+  MQA_HOST_DEVICE bool fits() const { return own.each < std::numeric_limits<int32_t>::max(); }
 
   // First tile of a share, on the line; shares() gives its end.
   MQA_HOST_DEVICE int64_t start(int32_t share) const {
-    return share < num_ctas || spares == 0 ? part(own, share, num_ctas)
-                                           : own + part(total - own, share - num_ctas, spares);
+    return share < num_ctas ? own.start(share) : own_tiles + spare.start(share - num_ctas);
   }
 
  private:
-  // tiles * i / n, whose product may not fit in 64 bits.
-  MQA_HOST_DEVICE static int64_t part(int64_t tiles, int64_t i, int32_t n) {
-    return tiles / n * i + tiles % n * i / n;
-  }
+  MQA_HOST_DEVICE static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 // Moves `place` on to the group that tile `tile` from its start on lies in, and counts `tile` from there.
