@@ -32,8 +32,8 @@ cudaError_t read_launch_counts(unsigned long long counts[kMaxGroupRows + 1]) {
   return cudaMemcpyFromSymbol(counts, device_launch_counts, sizeof(device_launch_counts));
 }
 
-cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapSwizzle swizzle, int rank, const void* base,
-                              const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box) {
+cudaError_t encode_tensor_map(CUtensorMap* map, int rank, const void* base, const cuuint64_t* sizes,
+                              const cuuint64_t* strides, const cuuint32_t* box) {
   static const auto encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -47,7 +47,7 @@ cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapSwizzle swizzle, int 
   const cuuint32_t element_strides[] = {1, 1, 1};
   const CUresult result =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, rank, const_cast<void*>(base), sizes, strides, box, element_strides,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

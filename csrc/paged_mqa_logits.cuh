@@ -62,7 +62,7 @@ template <typename C>
 struct SharedMemory {
   alignas(1024) uint8_t tile[C::kPipes][C::kStages][C::kTileBytes];
   alignas(1024) uint8_t query[C::kQuerySlots][C::kQuerySlotBytes];
-  alignas(128) float k_scale[C::kPipes][C::kStages][kTileTokens];  // where TMA may write
+  alignas(16) float k_scale[C::kPipes][C::kStages][kTileTokens];
   alignas(16) float weights[C::kQuerySlots][C::kGroupRows * C::kHeads];
   SegmentInfo<C::kGroupRows> segment[C::kQuerySlots];
   Share share;  // after the CTA's own
@@ -152,21 +152,34 @@ __device__ __forceinline__ Share receive_spare(SharedMemory<C>& shared, uint32_t
   return shared.share;
 }
 
+// The plan's header, read ahead too: lane i has its word i % 4.
+struct HeaderWords {
+  int32_t of_lane;
+
+  __device__ __forceinline__ PlanHeader get() const {
+    return {0, __shfl_sync(~0u, of_lane, 1), __shfl_sync(~0u, of_lane, 2),
+            static_cast<uint32_t>(__shfl_sync(~0u, of_lane, 3))};
+  }
+};
+
 template <typename C>
-__device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map, SharedMemory<C>& shared, Share share,
-                                int32_t spares) {
+__device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map, SharedMemory<C>& shared, Share share) {
   constexpr uint64_t kKeep = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);  // used by several CTAs
   // Columns that exist both in the output and in the block table.
   const int32_t columns = min(static_cast<int64_t>(p.block_table_width) * p.page_size, int64_t{p.max_context_len});
+  const HeaderWords words{p.plan[threadIdx.x % kEntryInts]};
   hopper::RingPosition<C::kQuerySlots> slot;
   Turn<C::kPipes> turn;
 
-  for (uint32_t phase = 0; share.num_tiles != kNoShare; share = take_spare(p, shared, spares, phase)) {
+  uint32_t phase = 0;
+  do {
     Walk walk(share);
     Lengths ahead;
     NextGroup following;
     ahead.load(p, walk.group);
     following.load(p, walk.group);
+    // Another step's plan, or none, leads anywhere: nothing is stored before the queries are there.
+    if (!words.get().fits(p.group_table != nullptr, p.rows, p.max_rows)) __trap();
 
     while (!walk.done()) {
       const Lengths lens = ahead;
@@ -203,7 +216,8 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
       turn.take(segment.num_tiles);
       slot.advance();
     }
-  }
+    share = take_spare(p, shared, words.get().spares, phase);
+  } while (share.num_tiles != kNoShare);
   shared.query_empty[slot.stage].wait(slot.phase ^ 1);
   if (cute::elect_one_sync()) {
     shared.segment[slot.stage].num_tiles = 0;
@@ -213,12 +227,13 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
 
 // One warp: all threads fetch block-table entries, one issues the copies.
 template <typename C>
-__device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& key_map, const CUtensorMap& scale_map,
-                              SharedMemory<C>& shared, Share share, int pipe) {
+__device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, SharedMemory<C>& shared, Share share,
+                              int pipe) {
   constexpr uint64_t kStream = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST);  // read once
   const int lane = threadIdx.x % 32;
   const int pages_per_tile = kTileTokens / p.page_size;
   const int page_bytes = p.page_size * kHeadDim;
+  const auto num_cache_pages = static_cast<uint32_t>(p.num_pages);
 
   hopper::RingPosition<C::kStages> stage;
   Turn<C::kPipes> turn;
@@ -268,10 +283,12 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& key_map,
             auto* barrier = reinterpret_cast<uint64_t*>(&full);
             uint8_t* keys = shared.tile[pipe][stage.stage];
             float* scales = shared.k_scale[pipe][stage.stage];
-            // Both by tensor map, so that an id which names no page reads zeros.
+            // An id that names no page reads zeros as keys, by the tensor map, and the scales of the first page.
             const auto load_page = [&](int32_t id, uint8_t* page_keys, float* page_scales) {
-              cute::SM90_TMA_LOAD_3D::copy(&key_map, barrier, kStream, page_keys, 0, 0, id);
-              cute::SM90_TMA_LOAD_2D::copy(&scale_map, barrier, kStream, page_scales, 0, id);
+              cute::SM90_TMA_LOAD_3D::copy(&kv_map, barrier, kStream, page_keys, 0, 0, id);
+              const int32_t page = static_cast<uint32_t>(id) < num_cache_pages ? id : 0;
+              cute::SM90_BULK_COPY_G2S::copy(p.kv_cache + page * p.page_stride + page_bytes, barrier, page_scales,
+                                             p.page_size * kScaleBytes);
             };
             if (pages > 0) load_page(first, keys, scales);
             if (pages > 1) load_page(second, keys + page_bytes, scales + p.page_size);
@@ -486,23 +503,19 @@ struct Consumer {
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
 paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_constant__ CUtensorMap q_map,
-                        const __grid_constant__ CUtensorMap key_map, const __grid_constant__ CUtensorMap scale_map,
-                        unsigned long long* launch_count) {
+                        const __grid_constant__ CUtensorMap kv_map, unsigned long long* launch_count) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<SharedMemory<C>*>(shared_bytes);
 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  PlanHeader header;
   Share own;
   if (warpgroup == C::kConsumers) {
     if (threadIdx.x % 128 == 0) {
-      for (const CUtensorMap* map : {&key_map, &scale_map, &q_map}) {
-        cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
-      }
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&kv_map));
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&q_map));
     }
     // Nothing before this reads what earlier kernels wrote; consumers follow the producers.
     cudaGridDependencySynchronize();
-    header = *reinterpret_cast<const PlanHeader*>(p.plan);
     own = reinterpret_cast<const Share*>(p.plan)[1 + blockIdx.x];
   }
   if (threadIdx.x == 0) {
@@ -526,13 +539,11 @@ paged_mqa_logits_kernel(const __grid_constant__ LogitsParams p, const __grid_con
 
   if (warpgroup == C::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
-    // Another step's plan, or none: its shares lead anywhere.
-    if (!header.fits(p.group_table != nullptr, p.rows, p.max_rows)) __trap();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
     if (warp < C::kPipes) {
-      produce_tiles<C>(p, key_map, scale_map, shared, own, warp);
+      produce_tiles<C>(p, kv_map, shared, own, warp);
     } else if (warp == C::kPipes) {
-      produce_queries<C>(p, q_map, shared, own, header.spares);
+      produce_queries<C>(p, q_map, shared, own);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<C::kConsumerRegisters>();

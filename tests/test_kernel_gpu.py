@@ -116,7 +116,7 @@ def test_any_negative_length_is_a_padding_row(least: int, heads: int) -> None:
 @pytest.mark.parametrize("page", [32, 64])
 @pytest.mark.parametrize("next_n", [1, 3, 6])
 def test_ids_of_no_page_within_a_context_read_as_zeros(next_n: int, page: int) -> None:
-    """Neither a fault nor another request's logits."""
+    """Neither a fault nor another page's logits: keys of zeros."""
     step = random_step(rows_of([1000, 700, 64], next_n), heads=32, page=page, device="cuda")
     expected = step.reference()
     bad = torch.zeros(3, step.block_table.shape[1], dtype=torch.bool, device="cuda")

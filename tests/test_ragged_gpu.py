@@ -256,6 +256,7 @@ FOREIGN_PLANS = {
         "step.context_lens, step.q, step.weights = step.context_lens[:5], step.q[:5], step.weights[:10]",
     ),
     "no plan": ("random_step([[100, 101]] * 6, device='cuda')", "plan.zero_()"),
+    "no plan but garbage": ("random_step([[100, 101]] * 6, device='cuda')", "plan.fill_(-1)"),
 }
 
 

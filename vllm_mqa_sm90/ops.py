@@ -226,7 +226,7 @@ def paged_mqa_logits(
         block_table: int32 `[R, max_pages]`, last stride 1; R is at least B, and more than any request
             of a ragged step with a row that is not padding. Page of the request's tokens
             [i * page, (i + 1) * page) in column i. Entries past a context are never read from. An id
-            that is no page within a context reads as zeros.
+            that is no page within a context reads as keys of zeros.
         plan: what `plan` returned for the same lengths, and `indices` or `query_start_loc`. The kernel
             counts in it while it runs: launches that may overlap, on two streams, need a plan each. A
             plan for another T, next_n or kind of step, or never made, stops the launch with an error.
