@@ -173,12 +173,12 @@ void check_plan(const Argument& plan, const Argument& context_lens, bool ragged)
   require_same_device(plan, context_lens);
   require_dtype(plan, ScalarType::Int);
   const int64_t ctas = tensor.dim() == 2 && tensor.size(1) == columns ? ctas_of(tensor, rows) : 0;
-  require(ctas >= 1 && ctas <= std::numeric_limits<int32_t>::max() / kSharesPerCta - 1 &&
-              tensor.size(0) == plan_rows(ctas, ragged, rows),
-          plan, shape_of, "a ", ragged ? "ragged" : "uniform", " plan's shape: [",
-          ragged ? "(2 + " + std::to_string(kSharesPerCta) + " n + " + std::to_string(rows) + ") // 2"
-                 : "1 + " + std::to_string(kSharesPerCta) + " n",
-          ", ", columns, "] for n CTAs, at least one");
+  if (ctas < 1 || ctas >= std::numeric_limits<int32_t>::max() / kSharesPerCta ||
+      tensor.size(0) != plan_rows(ctas, ragged, rows)) {
+    const std::string of_table = ragged ? " + " + std::to_string(rows) + ") // 2" : "";
+    fail(plan.name, shape_of(tensor), "a ", ragged ? "ragged" : "uniform", " plan's shape: [", ragged ? "(2" : "1",
+         " + ", kSharesPerCta, " n", of_table, ", ", columns, "] for n CTAs, at least one");
+  }
   require_contiguous(plan);
   require_aligned(plan);
 }

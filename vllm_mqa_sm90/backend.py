@@ -106,7 +106,6 @@ def make_backend() -> type:
     """`MqaSm90IndexerBackend`, a subclass of the installed vLLM's backend (so is its builder)."""
     stock_backend = seams.resolve(seams.STOCK_BACKEND)
     stock_builder = seams.resolve(seams.STOCK_BUILDER)
-    clamp_lengths = not seams.clamps_padding()
     divides_by_request = seams.divides_by_request()
 
     class MqaSm90IndexerMetadataBuilder(stock_builder):
@@ -214,12 +213,13 @@ def make_backend() -> type:
             next_n: int,
             max_decode_len: int,
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, bool]:
-            """Of a ragged step: lengths by row, `[T]`, and the block table by request, as it is.
+            """Lengths by row, in one launch, and the block table by request, as it is.
 
-            All that says which rows are a request's is on the device: a CUDA graph's steps may differ in it.
-            (Where vLLM is about to divide lengths, one a request, it gets so many: a row each, if that.)
+            Of a uniform step `[B, max_decode_len]`, as vLLM makes them in several launches. Of a ragged one `[T]`: what
+            says which rows are a request's is on the device, and a CUDA graph's steps may differ in it. No length is
+            negative, as the top-k kernels after ours read them as unsigned.
             """
-            if self.refusal is not None or use_native:
+            if self.refusal is not None or (use_native and next_n == 1):
                 return super()._prepare_decode_tensors(
                     seq_lens=seq_lens,
                     block_table=block_table,
@@ -233,9 +233,13 @@ def make_backend() -> type:
                     max_decode_len=max_decode_len,
                 )
             self._query_start_loc = self._query_start_loc[: num_decodes + 1]
-            row_lens = self.decode_seq_lens_buffer[:num_decode_tokens]
+            rows = num_decodes * max_decode_len if use_native else num_decode_tokens
+            row_lens = self.decode_seq_lens_buffer[:rows]
             ops.row_context_lens(seq_lens, self._query_start_loc, out=row_lens)
+            if use_native:
+                return row_lens.view(num_decodes, max_decode_len), block_table, decode_lens, num_decodes, False
             if divides_by_request and self.compress_ratio > 1 and max_decode_len <= 1:
+                # As many as there are requests are divided, into a buffer that has 0 for the rest: a row each, if that.
                 row_lens = self.decode_seq_lens_buffer[:num_decodes]
             one_each = self.decode_lens_buffer[:num_decode_tokens].fill_(1)
             return row_lens, block_table, one_each, num_decode_tokens, False
@@ -265,9 +269,6 @@ def make_backend() -> type:
             self.scheduler_metadata_buffer = plan = self._uniform_plan
             if context_lens.shape[1] == 0:  # requests without query tokens alone
                 context_lens = context_lens.view(0, 1)
-            elif clamp_lengths and context_lens.shape[1] > 1:
-                # The top-k kernels after ours read lengths as unsigned.
-                context_lens.clamp_(min=0)
             return ops.plan(context_lens, out=plan)
 
     class MqaSm90IndexerBackend(stock_backend):

@@ -154,7 +154,7 @@ SEAMS = (
     ),
     Seam(
         f"{STOCK_BUILDER}._prepare_decode_tensors",
-        "expands lengths and block table of flattened steps to rows: ours expands the lengths alone",
+        "expands the lengths to rows, and of flattened steps the block table: ours expands the lengths alone",
         parameters=(
             "self",
             "seq_lens",
@@ -262,11 +262,6 @@ def hopper_problem() -> str | None:
 def page_size(kv_cache_spec: Any) -> int:
     """Keys per page of an indexer cache (its block size over the tokens per key)."""
     return kv_cache_spec.num_states if release() >= (0, 29) else kv_cache_spec.storage_block_size
-
-
-def clamps_padding() -> bool:
-    """Whether native steps give padding rows length 0; before 0.28 they gave 1 - next_n and up."""
-    return release() >= (0, 28)
 
 
 def divides_by_request() -> bool:
