@@ -106,7 +106,7 @@ def write_ninja_file(path: Path, nvcc: Path, cxx: str, torch: Path, cutlass: Pat
     build = path.parent.relative_to(ROOT)
     common = [str(nvcc), "-ccbin", cxx, "-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
               # nvcc of one release beside headers of another, as installations of wheels have it
-              "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"]  # fmt: skip
+              "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", "-I", "csrc"]  # fmt: skip
     kernel = [*common, ARCH, "--expt-relaxed-constexpr",
               "-Xptxas=-v,--warn-on-spills", "-isystem", str(cutlass)]  # fmt: skip
     # TORCH_TARGET_VERSION keeps the binding to the stable ABI of 2.11; USE_CUDA declares its CUDA part.
@@ -127,10 +127,11 @@ def write_ninja_file(path: Path, nvcc: Path, cxx: str, torch: Path, cutlass: Pat
                   "  depfile = $out.d", "  deps = gcc", f"  description = {rule} $in"]  # fmt: skip
     lines += ["rule link", f"  command = {shlex.join(link)} $in -o $out", "  description = link $out"]
     objects = []
-    for source in sorted((ROOT / "csrc").glob("*.cu")) + [ROOT / "csrc" / "ops.cpp"]:
-        objects.append(f"{build}/{source.stem}.o")
+    for source in sorted(path for path in (ROOT / "csrc").glob("*/*") if path.suffix in (".cu", ".cpp")):
+        name = source.relative_to(ROOT)
+        objects.append(f"{build}/{name.parent.name}-{source.stem}.o")
         rule = "kernel" if source.suffix == ".cu" else "binding"
-        lines.append(f"build {objects[-1]}: {rule} {source.relative_to(ROOT)}")
+        lines.append(f"build {objects[-1]}: {rule} {name}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's Python interface. Arguments are checked in csrc/ops.cpp, by every caller's path.
+"""The kernel's Python interface. Arguments are checked in csrc/bindings/checks.h, by every caller's path.
 
 A step is T query rows in request order. The rows of one request are a group: they share its row of
 the block table, and the kernel reads each key once for all of them. In a uniform step each of B
@@ -24,9 +24,9 @@ MAX_NEXT_N = 8
 """Most query rows of one group: those of a request in a uniform step."""
 
 UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
-"""What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/params.h."""
+"""What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/shared/params.h."""
 
-_SHARES_PER_CTA = 5  # one, and kSparesPerCta of csrc/params.h
+_SHARES_PER_CTA = 5  # one, and kSparesPerCta of csrc/shared/params.h
 _ROW_ALIGNMENT = 64  # columns: whole 256-byte blocks, so that rows of logits share no cache line
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")

@@ -2,7 +2,7 @@
 // Dispatch over head counts, and what the variants share.
 #include <cuda.h>
 
-#include "params.h"
+#include "logits/logits.h"
 
 namespace mqa_sm90 {
 
@@ -11,7 +11,7 @@ __device__ unsigned long long device_launch_counts[kMaxGroupRows + 1];
 }
 
 template <int kHeads>
-cudaError_t launch_heads(const LogitsParams& p, cudaStream_t stream);  // logits_h*.cu
+cudaError_t launch_heads(const LogitsParams& p, cudaStream_t stream);  // heads*.cu
 
 cudaError_t launch_logits(const LogitsParams& p, cudaStream_t stream) {
   switch (p.heads) {

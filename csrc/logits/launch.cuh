@@ -4,11 +4,11 @@
 
 #include <cuda.h>
 
-#include "paged_mqa_logits.cuh"
+#include "logits/kernel.cuh"
 
 namespace mqa_sm90 {
 
-// Device counters of launches by max_rows, kept in logits.cu.
+// Device counters of launches by max_rows, kept in launch.cu.
 cudaError_t launch_counters(unsigned long long** counters);
 
 // cuTensorMapEncodeTiled, through the runtime, so that nothing links against the driver's library.

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a step needs before its layers: the plan and, if it is ragged, its rows' lengths. A small launch each. See
-// schedule.cuh.
+// A small launch each. See shared/schedule.cuh.
 #include <algorithm>
 
 #include <cub/block/block_scan.cuh>
 #include <cuda/functional>
 
-#include "schedule.cuh"
+#include "plan/plan.h"
+#include "shared/schedule.cuh"
 
 namespace mqa_sm90 {
 namespace {

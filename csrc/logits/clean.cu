@@ -2,7 +2,8 @@
 // For callers who want every logit defined: -inf where the logits kernel writes nothing that counts.
 #include <cmath>
 
-#include "schedule.cuh"
+#include "logits/logits.h"
+#include "shared/schedule.cuh"
 
 namespace mqa_sm90 {
 namespace {

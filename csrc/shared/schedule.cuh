@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "params.h"
+#include "shared/params.h"
 
 #ifdef __CUDACC__
 #define MQA_HOST_DEVICE __host__ __device__ __forceinline__
