@@ -8,25 +8,42 @@ import torch
 from vllm_mqa_sm90 import backend, machine, ops, seams
 
 
-def problems() -> Iterator[str]:
-    """Why this process does not take over, cheapest checks first. Leaves CUDA uninitialised.
+def problems(*, gpu: bool = True) -> Iterator[str]:
+    """Why this process does not take over, all reasons, cheapest checks first. Leaves CUDA uninitialised.
 
-    Each check presumes those before it: the first answer counts, later ones may not come.
+    gpu: whether to ask vLLM for the GPU.
     """
+    for check in (_release_problem, *([seams.hopper_problem] if gpu else []), library_problem, _seams_problem):
+        try:
+            problem = check()
+        except Exception as error:  # whatever asking an unknown release may raise
+            problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
+            yield problem
+
+
+def _release_problem() -> str | None:
     release = seams.release()
+    if release is not None and seams.OLDEST <= release <= seams.NEWEST:
+        return None
     supported = f"{'.'.join(map(str, seams.OLDEST))} to {'.'.join(map(str, seams.NEWEST))}"
-    if release is None or not seams.OLDEST <= release <= seams.NEWEST:
-        yield f"vLLM is {seams.vllm_version()}; this version is for {supported}"
-    if (problem := seams.hopper_problem()) is not None:
-        yield problem
+    return f"vLLM is {seams.vllm_version()}; this version is for {supported}"
+
+
+def library_problem() -> str | None:
+    """Why the compiled library cannot be used; None: it can. Needs no vLLM."""
     try:
         ops.plan(torch.zeros(1, 1, dtype=torch.int32), num_sms=1)
     except Exception as error:
-        yield f"the compiled library does not load: {error}"
-    if release is not None:
-        mismatches = [problem for seam in seams.applying(release) if (problem := seam.problem())]
-        if mismatches:
-            yield "vLLM differs from what this version knows: " + "; ".join(mismatches)
+        return f"the compiled library does not load: {error}"
+    return None
+
+
+def _seams_problem() -> str | None:
+    release = seams.release()
+    found = [seam.problem() for seam in seams.applying(release)] if release else []
+    mismatches = list(dict.fromkeys(filter(None, found)))
+    return "vLLM differs from what this version knows: " + "; ".join(mismatches) if mismatches else None
 
 
 def register() -> None:
