@@ -51,13 +51,13 @@ set_up() {
   install pip "$packages"
   # pip, not uv: its isolated build sees the PyTorch and nvcc that .venv has.
   echo "compiling the kernel, about a minute on two cores"
-  rm -rf "$begun/tmp" "$begun/wheel"
-  mkdir "$begun/tmp"
-  TMPDIR=$PWD/$begun/tmp .venv/bin/python -m pip wheel -q --disable-pip-version-check --no-deps -w "$begun/wheel" . ||
+  rm -rf "$begun/wheel"
+  rm -rf "$begun"/tmp.* 2>/dev/null || true # compilers of a killed run may still write there
+  TMPDIR=$(mktemp -d "$PWD/$begun/tmp.XXXXXX") .venv/bin/python -m pip wheel -q --disable-pip-version-check --no-deps -w "$begun/wheel" . ||
     fail_download "$uv" "the build"
   install -q --reinstall-package vllm-mqa-sm90 "$begun"/wheel/*.whl
   echo "$wanted" >.venv/ready
-  rm -rf "$begun"
+  rm -rf "$begun" || true
 }
 
 # install ARGUMENT ...: of `uv pip install`, into .venv.

@@ -71,7 +71,8 @@ def test_verdict_for(hopper: None, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verdict_against(hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(plugin, "problems", lambda **_: iter(["the moon", "[the] tide"]))
+    monkeypatch.setattr(plugin, "release_problem", lambda: "the moon")
+    monkeypatch.setattr(plugin, "library_problem", lambda: "[the] tide")
     monkeypatch.setenv("COLUMNS", "20")  # cuts nothing
     assert run() == 1
     assert "The plugin would not take over here:\n- the moon\n- [the] tide\n" in capsys.readouterr().out
@@ -121,10 +122,20 @@ def test_all_reasons_at_once_with_a_vllm(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(seams, "hopper_problem", unreadable)
     monkeypatch.setattr(seams, "vllm_version", lambda: "0.99.0")
     monkeypatch.setattr(seams, "applying", lambda to: iter([seams.Seam("vllm.gone:function", "calls it")]))
-    release, platform, code = check.examine()["reasons"]
+    platform, release, code = check.examine()["reasons"]
     assert release == "vLLM is 0.99.0; this version is for 0.24 to 0.33"
     assert platform == "AttributeError: current_platform"
     assert code.startswith("vLLM differs from what this version knows: vllm.gone:function: expected to exist")
+
+
+def test_what_vllm_sees_counts(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi may be missing, or list GPUs that vLLM does not use."""
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    assert check.examine()["reasons"] == []
+    monkeypatch.setattr(seams, "hopper_problem", lambda: "vLLM found no CUDA GPU (platform CpuPlatform)")
+    assert check.examine()["reasons"] == ["no GPU: nvidia-smi lists none"]
+    monkeypatch.setattr(machine, "gpus", lambda: [H100])
+    assert check.examine()["reasons"] == ["vLLM found no CUDA GPU (platform CpuPlatform)"]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,19 @@ def test_a_killed_set_up_goes_on(clone: Clone, point: str) -> None:
     assert len(clone.assert_runs()) == 2
 
 
+def test_compilers_of_a_killed_run_may_still_be_at_work(clone: Clone) -> None:
+    clone.run("pip wheel: killed")
+    (left,) = (clone.path / ".venv" / "setup").glob("tmp.*")
+    program = "import pathlib, itertools\nfor n in itertools.count(): pathlib.Path('.', str(n)).touch()"
+    compiler = subprocess.Popen([sys.executable, "-c", program], cwd=left, stderr=subprocess.DEVNULL)
+    try:
+        status, called, said = clone.run()
+        assert (status, called[-1]) == (0, "command demo --timeout 9"), said
+    finally:
+        compiler.kill()
+        compiler.wait()
+
+
 @pytest.mark.parametrize("point", ["pip torch", "package.whl"])
 def test_killed_while_it_installs_into_a_venv_of_others(clone: Clone, point: str) -> None:
     (venv(clone) / "lib" / "mine.py").touch()

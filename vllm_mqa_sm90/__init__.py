@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged MQA logits of DeepSeek Sparse Attention's indexer on Hopper, for up to eight query rows a group."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, PAGE_SIZES
+
+if TYPE_CHECKING:
+    from vllm_mqa_sm90.ops import launch_counts, paged_mqa_logits, plan, plan_shape, row_context_lens
 
 _OPS = ("launch_counts", "paged_mqa_logits", "plan", "plan_shape", "row_context_lens")
 

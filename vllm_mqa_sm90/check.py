@@ -22,26 +22,29 @@ def examine() -> dict[str, Any]:
 
     versions = {"vllm_mqa_sm90": machine.version(), "torch": torch.__version__, "cuda": torch.version.cuda, "vllm": None}
     gpus, environment = machine.gpus(), machine.environment()
-    report: dict[str, Any] = {"reasons": [], "versions": versions, "gpus": gpus, "environment": environment, "seams": []}
-    reasons: list[str] = report["reasons"]
-    if (gpu_problem := _gpu_problem(gpus)) is not None:
-        reasons.append(gpu_problem)
+    report: dict[str, Any] = {"versions": versions, "gpus": gpus, "environment": environment, "seams": []}
+    mode_problem = vllm_problem = None
     try:
-        if backend.mode() == "off":
-            reasons.append("MQA_SM90 is off")
+        mode_problem = "MQA_SM90 is off" if backend.mode() == "off" else None
     except ValueError as error:
-        reasons.append(str(error))
+        mode_problem = str(error)
     try:
         versions["vllm"] = seams.vllm_version()
     except ModuleNotFoundError as error:
         missing = error.name == "vllm"
-        reasons.append("vLLM is not installed in this Python" if missing else f"vLLM cannot be imported: {error}")
+        vllm_problem = "vLLM is not installed in this Python" if missing else f"vLLM cannot be imported: {error}"
     except Exception as error:  # whatever a broken one may raise
-        reasons.append(f"vLLM cannot be imported: {type(error).__name__}: {error}")
-    if versions["vllm"] is None:
-        reasons += filter(None, [plugin.library_problem()])
-        return report
-    reasons += plugin.problems(gpu=gpu_problem is None)
+        vllm_problem = f"vLLM cannot be imported: {type(error).__name__}: {error}"
+
+    gpu_problem, library_problem = _gpu_problem(gpus), plugin.library_problem()
+    if vllm_problem is not None:
+        found = [gpu_problem, mode_problem, vllm_problem, library_problem]
+        return {"reasons": [reason for reason in found if reason is not None], **report}
+    # What vLLM sees counts, as where there is no nvidia-smi; why it sees none, nvidia-smi may say better.
+    if (seen := plugin.gpu_problem()) is None or gpu_problem is None:
+        gpu_problem = seen
+    found = [gpu_problem, mode_problem, plugin.release_problem(), library_problem, plugin.seams_problem()]
+    report = {"reasons": [reason for reason in found if reason is not None], **report}
     places: dict[str, dict[str, Any]] = {}
     release = seams.release()
     for seam in seams.applying(release) if release else ():

@@ -196,10 +196,11 @@ def _incomplete(directory: Path) -> Iterator[None]:
             _empty(directory)
             yield
         except BaseException:
-            _empty(directory)
-            marker.unlink()
             if made:
-                directory.rmdir()
+                shutil.rmtree(directory)
+            else:
+                _empty(directory)
+                marker.unlink()
             raise
         marker.unlink()
 
@@ -241,6 +242,8 @@ def _write_shards(directory: Path, shards: list[list[Tensor]], seed: int, count:
                 return {}
             tensors[tensor.name] = fill(tensor, seed)
             count.add(tensor.name)
+        if stopped.is_set():
+            return {}
         try:
             save_file(tensors, directory / file, metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk

@@ -1,33 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point that vLLM calls in each of its processes, in any number and order, before models load."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
 from vllm_mqa_sm90 import backend, machine, ops, seams
 
 
-def problems(*, gpu: bool = True) -> Iterator[str]:
-    """Why this process does not take over, all reasons, cheapest checks first. Leaves CUDA uninitialised.
-
-    gpu: whether to ask vLLM for the GPU.
-    """
-    for check in (_release_problem, *([seams.hopper_problem] if gpu else []), library_problem, _seams_problem):
-        try:
-            problem = check()
-        except Exception as error:  # whatever asking an unknown release may raise
-            problem = f"{type(error).__name__}: {error}"
-        if problem is not None:
+def problems() -> Iterator[str]:
+    """Why this process does not take over, all reasons, cheapest checks first. Leaves CUDA uninitialised."""
+    for check in (release_problem, gpu_problem, library_problem, seams_problem):
+        if (problem := check()) is not None:
             yield problem
 
 
-def _release_problem() -> str | None:
+def _check(ask: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Whatever asking may raise, of an unknown release of vLLM, is a problem, too."""
+
+    @functools.wraps(ask)
+    def problem() -> str | None:
+        try:
+            return ask()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    return problem
+
+
+@_check
+def release_problem() -> str | None:
+    """Why the installed vLLM's release is none that this version is for; None: it is."""
     release = seams.release()
     if release is not None and seams.OLDEST <= release <= seams.NEWEST:
         return None
     supported = f"{'.'.join(map(str, seams.OLDEST))} to {'.'.join(map(str, seams.NEWEST))}"
     return f"vLLM is {seams.vllm_version()}; this version is for {supported}"
+
+
+@_check
+def gpu_problem() -> str | None:
+    """Why the GPU, as vLLM sees it, is none for the kernel; None: it is."""
+    return seams.hopper_problem()
 
 
 def library_problem() -> str | None:
@@ -39,7 +54,9 @@ def library_problem() -> str | None:
     return None
 
 
-def _seams_problem() -> str | None:
+@_check
+def seams_problem() -> str | None:
+    """How vLLM differs from what this version knows; None: it does not."""
     release = seams.release()
     found = [seam.problem() for seam in seams.applying(release)] if release else []
     mismatches = list(dict.fromkeys(filter(None, found)))

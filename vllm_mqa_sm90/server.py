@@ -123,7 +123,7 @@ class Process:
     """A process that `start` started, or one like it, with everything that it starts, as a context manager.
 
     Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds, after a Ctrl-C
-    of ours at once.
+    of ours soon.
     """
 
     def __init__(self, process: Any, log: Path, *, grace: float = 30.0):

@@ -260,4 +260,4 @@ def notes(report: Report) -> list[str]:
         widest = max(repeated, key=lambda each: each.spread)
         at = f"{widest.workload}, {Configuration(widest.side, widest.k)}"
         found.append(f"cached prompts: the middle of {len(widest.runs)} runs, at most {widest.spread:.1%} apart ({at})")
-    return found + [f"{what} failed: {why.partition(chr(10))[0]}" for what, why in report.failures.items()]
+    return found + [f"{what} failed: {why.splitlines()[0]}" for what, why in report.failures.items()]
