@@ -101,20 +101,40 @@ def require(found: object, what: str) -> None:
         sys.exit(f"vllm-mqa-sm90: cannot build: {what}")
 
 
-def write_ninja_file(path: Path, nvcc: Path, cxx: str, torch: Path, cutlass: Path) -> None:
+def link_tools(folder: Path, nvcc: Path, torch: Path, cutlass: Path) -> None:
+    """Links `cuda`, `torch` and `cutlass` in `folder`, and `versions`, a file written only when they are others.
+
+    ninja compiles again what had another command, and pip puts what an isolated build needs into a new
+    place each time: so the commands name the links. It also compiles what is older than `versions`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in ("cuda", nvcc.parent.parent), ("torch", torch), ("cutlass", cutlass):
+        link = folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+    nvcc_says = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = "\n".join([nvcc_says, *(file.read_text() for file in (torch / "version.py", cutlass / "cutlass" / "version.h"))])
+    versions = folder / "versions"
+    if not versions.is_file() or versions.read_text() != found:
+        versions.write_text(found)
+
+
+def write_ninja_file(path: Path, nvcc: Path, cxx: str) -> None:
     """One rule for kernels, one for the bindings, one for the link; paths are relative to ROOT."""
     build = path.parent.relative_to(ROOT)
+    tools = build / "tools"
+    nvcc = tools / "cuda" / nvcc.parent.name / nvcc.name
     common = [str(nvcc), "-ccbin", cxx, "-std=c++20", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden",
               # nvcc of one release beside headers of another, as installations of wheels have it
               "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK", "-I", "csrc"]  # fmt: skip
     kernel = [*common, ARCH, "--expt-relaxed-constexpr",
-              "-Xptxas=-v,--warn-on-spills", "-isystem", str(cutlass)]  # fmt: skip
+              "-Xptxas=-v,--warn-on-spills", "-isystem", str(tools / "cutlass")]  # fmt: skip
     # TORCH_TARGET_VERSION keeps the binding to the stable ABI of 2.11; USE_CUDA declares its CUDA part.
     target = f"0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}" + "0" * 12
-    binding = [*common, f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", "-isystem", str(torch / "include")]
+    binding = [*common, f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", "-isystem", str(tools / "torch" / "include")]
     # libtorch brings libtorch_cpu and, where PyTorch has CUDA, libtorch_cuda; the process has all of them loaded.
-    link = [str(nvcc), "-ccbin", cxx, "-shared", ARCH, "-cudart", "static", "-L", str(torch / "lib"),
-            "-L", str(nvcc.parent.parent / "lib"),  # the wheels' folder, which nvcc 13.0 does not look into
+    link = [str(nvcc), "-ccbin", cxx, "-shared", ARCH, "-cudart", "static", "-L", str(tools / "torch" / "lib"),
+            "-L", str(tools / "cuda" / "lib"),  # the wheels' folder, which nvcc 13.0 does not look into
             # libstdc++ first: libtorch_cpu exports some of its symbols too
             "-Xlinker=--no-as-needed", "-lstdc++", "-ltorch", "-ltorch_cpu", "-Xlinker=--exclude-libs,ALL"]  # fmt: skip
 
@@ -122,18 +142,19 @@ def write_ninja_file(path: Path, nvcc: Path, cxx: str, torch: Path, cutlass: Pat
     for rule, command in ("kernel", kernel), ("binding", binding):
         # The log is kept beside the object; ninja shows it only if the compiler fails.
         lines += [f"rule {rule}",
-                  f"  command = {shlex.join(command)} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 "
-                  "|| (cat $out.log; exit 1)",
-                  "  depfile = $out.d", "  deps = gcc", f"  description = {rule} $in"]  # fmt: skip
+                  f"  command = {shlex.join(command)} -c $in -o $out > $out.log 2>&1 "
+                  "|| (cat $out.log; exit 1)", f"  description = {rule} $in"]  # fmt: skip
     lines += ["rule link", f"  command = {shlex.join(link)} $in -o $out", "  description = link $out"]
+    # Not what the compiler says it read: the toolkit's headers are new in each isolated build.
+    headers = [header.relative_to(ROOT) for header in sorted((ROOT / "csrc").glob("*/*.*h"))]
+    used = " ".join(map(str, [tools / "versions", *headers]))
     objects = []
     for source in sorted(path for path in (ROOT / "csrc").glob("*/*") if path.suffix in (".cu", ".cpp")):
         name = source.relative_to(ROOT)
         objects.append(f"{build}/{name.parent.name}-{source.stem}.o")
         rule = "kernel" if source.suffix == ".cu" else "binding"
-        lines.append(f"build {objects[-1]}: {rule} {name}")
+        lines.append(f"build {objects[-1]}: {rule} {name} | {used}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
-    path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -149,10 +170,11 @@ def build() -> None:
     require(cutlass, "found no CUTLASS headers. `pip install --no-deps nvidia-cutlass==4.2.0.0`.")
     require(cxx, "found no C++ compiler. Install g++ (Debian, Ubuntu: `apt-get install g++`), or name one in CXX.")
     require(ninja, "found no ninja. `pip install ninja`.")
-    print(f"vllm-mqa-sm90: nvcc {nvcc}, PyTorch {torch}", flush=True)
+    print(f"vllm-mqa-sm90: nvcc {nvcc}, PyTorch {torch}; compiling takes about a minute on two cores", flush=True)
 
     ninja_file = ROOT / "build" / "build.ninja"
-    write_ninja_file(ninja_file, nvcc, cxx, torch, cutlass)
+    link_tools(ninja_file.parent / "tools", nvcc, torch, cutlass)
+    write_ninja_file(ninja_file, nvcc, cxx)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     done = subprocess.run([ninja, "-C", str(ROOT), "-f", str(ninja_file), *jobs])
     require(done.returncode == 0, "the compiler failed, see above.")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by quickstart.sh and tests/run.sh: finds a Python, uv and enough disk, or says what is missing.
 
+trap 'exit 130' INT # also where the command that Ctrl-C stopped ends with another status
+
 fail() {
   echo "$(basename "$0"): $*" >&2
   exit 1
@@ -13,14 +15,21 @@ need_disk() {
   [ "$free" -ge "$2" ] || fail "$3 needs $2 GB of disk in $1, where $free GB are free"
 }
 
-# find_python MINOR CONDITION: prints the first Python from 3.MINOR to 3.13 for which the expression holds.
+# suits PYTHON MINOR CONDITION: whether it is a Python from 3.MINOR to 3.13 for which the expression holds.
+suits() {
+  "$1" -c "
+import os, sys, sysconfig
+assert (3, $2) <= sys.version_info[:2] <= (3, 13) and ($3)" 2>/dev/null
+}
+
+# find_python MINOR CONDITION: prints the first that suits.
 find_python() {
   local candidate
   for candidate in python3.1{2,3,1,0} python3 python ~/.pyenv/versions/3.1*/bin/python; do
-    "$candidate" -c "
-import os, sys, sysconfig
-assert (3, $1) <= sys.version_info[:2] <= (3, 13) and ($2)
-print(sys.executable)" 2>/dev/null && return
+    if suits "$candidate" "$@"; then
+      "$candidate" -c 'import sys; print(sys.executable)'
+      return
+    fi
   done
   return 1
 }
@@ -37,4 +46,19 @@ find_uv() {
     curl -LsSf https://astral.sh/uv/install.sh | UV_UNMANAGED_INSTALL="$1/bin" sh
   fi >"$1/uv.log" 2>&1
   [ -x "$1/bin/uv" ] && echo "$1/bin/uv"
+}
+
+# fail_uv DIRECTORY: after find_uv.
+fail_uv() {
+  cat "$1/uv.log" >&2
+  fail "could not download uv, see above: is this machine offline? Run this again with a network, or install uv," \
+    "or a Python from 3.10 to 3.13 with pip"
+}
+
+# fail_download UV WHAT: after something that downloads; asks uv whether the package index answers at all.
+fail_download() {
+  if echo pip | UV_HTTP_RETRIES=0 "$1" pip compile --no-cache --no-deps - >/dev/null 2>&1; then
+    fail "$2 failed, see above"
+  fi
+  fail "this machine is offline, or the package index does not answer: $2 failed, see above. Run this again with a network"
 }

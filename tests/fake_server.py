@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 METRICS = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -22,6 +23,9 @@ class Handler(BaseHTTPRequestHandler):
     reports = 0
 
     def do_GET(self) -> None:
+        if self.path == "/slow":
+            print("slow", flush=True)
+            time.sleep(60)
         self.answer({"/health": "", "/metrics": METRICS}.get(self.path))
 
     def do_POST(self) -> None:

@@ -76,7 +76,7 @@ def main(directory: str, arch: str) -> None:
     for role, model_config in ("target", config.model_config), ("draft", config.speculative_config.draft_model_config):
         with torch.device("meta"):
             model = initialize_model(config, model_config=model_config)
-        loaded = model.load_weights((t.name, torch.empty(t.shape, dtype=t.dtype, device="meta")) for t in tensors)
+        loaded = model.load_weights((t.name, torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta")) for t in tensors)
         unfilled[role] = sorted(dict(model.named_parameters()).keys() - loaded)
     facts = {"architecture": config.model_config.architecture, "tokenizer_mode": config.model_config.tokenizer_mode}
     print(json.dumps({**facts, "unfilled": unfilled}))

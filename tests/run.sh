@@ -10,12 +10,21 @@ unset PYTHONPATH CUDA_HOME
 read -ra versions <<<"${VLLM_VERSIONS:-0.26.0 0.33.0}"
 command -v "${CXX:-g++}" >/dev/null || fail "found no C++ compiler: install g++ (Debian, Ubuntu: apt-get install g++)"
 python=$(find_python 11 True) || fail "found no Python from 3.11 to 3.13: install one (vLLM 0.33 needs 3.11)"
+
+# A killed run leaves gigabytes, which nobody holds the lock of.
+for left in "${TMPDIR:-/tmp}"/mqa-sm90-tests.*/lock; do
+  if [ -e "$left" ] && flock -n "$left" true; then
+    rm -rf "$(dirname "$left")"
+  fi
+done
 need_disk "${TMPDIR:-/tmp}" 15 "one vLLM at a time"
 
-scratch=$(mktemp -d)
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/mqa-sm90-tests.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
+exec {lock}>"$scratch/lock"
+flock "$lock"
 export UV_CACHE_DIR=$scratch/cache PYTHONDONTWRITEBYTECODE=1
-uv=$(find_uv "$scratch" "$python") || fail "could not install uv: $(cat "$scratch/uv.log")"
+uv=$(find_uv "$scratch" "$python") || fail_uv "$scratch"
 echo "Python $python, uv $uv"
 
 # The build with nothing but wheels: an nvcc that fails hides any other on PATH.
@@ -23,8 +32,10 @@ mkdir "$scratch/hidden"
 printf '#!/bin/sh\nexit 1\n' >"$scratch/hidden/nvcc"
 chmod +x "$scratch/hidden/nvcc"
 rm -rf build
-PATH=$scratch/hidden:$PATH "$uv" build -q --wheel --python "$python" --out-dir "$scratch/wheel"
-grep -q "nvidia/cu13/bin/nvcc" build/build.ninja || fail "the build did not use the nvcc of the wheels"
+echo "building the wheel: PyTorch for its headers, and a minute of compiling on two cores"
+PATH=$scratch/hidden:$PATH "$uv" build -q --wheel --python "$python" --out-dir "$scratch/wheel" ||
+  fail_download "$uv" "the build"
+[[ $(readlink build/tools/cuda) == */nvidia/cu13 ]] || fail "the build did not use the nvcc of the wheels"
 wheel=$(echo "$scratch"/wheel/*.whl)
 
 # certifi: vLLM 0.33 asks for a release that an index may not have yet.
@@ -37,7 +48,8 @@ for version in "${versions[@]}"; do
   [[ $version == 0.26.* ]] || override=(--override "$scratch/override.txt")
   venv=$scratch/$version
   "$uv" venv -q --python "$python" "$venv"
-  "$uv" pip install -q --python "$venv/bin/python" "${override[@]}" "vllm==$version" "$wheel[test]"
+  "$uv" pip install -q --python "$venv/bin/python" "${override[@]}" "vllm==$version" "$wheel[test]" ||
+    fail_download "$uv" "installing vLLM $version"
   # The script, not `python -m`: the latter would import the source tree instead of the wheel.
   "$venv/bin/pytest" -p no:cacheprovider "$@" 2>&1 | tee "$scratch/$version.log" || status=1
   rm -rf "$venv" "$UV_CACHE_DIR"

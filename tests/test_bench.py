@@ -18,7 +18,7 @@ from rich.console import Console
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import bench, cli, reference
-from vllm_mqa_sm90.bench import deepgemm, kernel, plot, report, timing
+from vllm_mqa_sm90.bench import deepgemm, kernel_run, plot, report, timing
 from vllm_mqa_sm90.bench import step as steps
 from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, LeftOut, Report, Row
 from vllm_mqa_sm90.bench.step import Shape, Step, floor_bytes, make_step, row_lengths
@@ -60,7 +60,7 @@ def test_other_shapes_are_refused(text: str) -> None:
 
 
 def test_default_shapes_are_the_table() -> None:
-    assert list(map(str, kernel.SHAPES)) == [
+    assert list(map(str, kernel_run.SHAPES)) == [
         "256x8192", "256x4096", "64x32768:ragged", "64x8192:ragged", "8x65536", "1x131072", "32x2048", "4x8192",
     ]  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_one_bad_logit_in_a_checked_request_is_seen(small_copies: None, which: s
     for row in 2 * request, 2 * request + 1:
         logits = reference_logits(step)
         logits[row, step.context_lens.view(-1)[row] - 1] = torch.nan
-        assert not step.relative_error(logits) <= kernel.TOLERANCE
+        assert not step.relative_error(logits) <= kernel_run.TOLERANCE
 
 
 # Timing, with a clock that the stand-ins for the GPU advance.
@@ -352,7 +352,7 @@ def test_deep_gemm_flattened(api: types.SimpleNamespace, small_copies: None, nex
 def test_deep_gemm_takes_what_vllm_says(api: types.SimpleNamespace, small_copies: None) -> None:
     peer = deepgemm.DeepGemm(api, SMS)
     newer = hasattr(api, "native_next_n_supported")
-    assert [n for n in kernel.NEXT_NS if peer.takes(n)] == ([1, 2, 4] if newer else [1, 2])
+    assert [n for n in kernel_run.NEXT_NS if peer.takes(n)] == ([1, 2, 4] if newer else [1, 2])
     step = make_step(Shape(3, 300), 3, 16, 64, CPU)
     with pytest.raises(LeftOut, match="this vLLM flattens next_n 3"):
         peer.logits(step, flattened=False)
@@ -556,17 +556,17 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleN
     ) -> torch.Tensor:
         if machine.refuses and machine.refuses(arguments[3]):
             raise RuntimeError("q: expected something else\nand so on")
-        grouping = {} if max_rows is None else {"indices": requests_of_rows(arguments[5], SMS, arguments[3])}
+        grouping = {} if max_rows is None else {"indices": requests_of_rows(arguments[5], SMS, arguments[3]).int()}
         logits = reference.paged_mqa_logits(*arguments[:5], max_context_len=max_context_len, **grouping) * machine.error
         return logits if out is None else out.copy_(logits)
 
-    monkeypatch.setattr(kernel, "_problem", lambda: None)
-    monkeypatch.setattr(kernel, "DEVICE", CPU)
-    monkeypatch.setattr(kernel, "_gpu", lambda: {"name": "Test GPU", "sms": SMS, "driver": "1.2"})
+    monkeypatch.setattr(kernel_run, "_problem", lambda: None)
+    monkeypatch.setattr(kernel_run, "DEVICE", CPU)
+    monkeypatch.setattr(kernel_run, "_gpu", lambda: {"name": "Test GPU", "sms": SMS, "driver": "1.2"})
     monkeypatch.setattr(timing, "replay_us", replay_us)
     monkeypatch.setattr(timing, "read_bandwidth", lambda replays: 1e12)
     monkeypatch.setattr(vllm_mqa_sm90, "paged_mqa_logits", paged_mqa_logits)
-    monkeypatch.setattr(kernel.time, "monotonic", lambda: machine.now)
+    monkeypatch.setattr(kernel_run.time, "monotonic", lambda: machine.now)
     peer = deepgemm.DeepGemm(vllm_0_26(FakeDeepGemm()), SMS)
     monkeypatch.setattr(deepgemm, "load", lambda num_sms: (peer, {"vllm": "0.26.0", "deep_gemm": "2.5.0"}))
     monkeypatch.setenv("COLUMNS", "100")
@@ -636,7 +636,7 @@ def test_copies_are_called_in_turn(
 
 
 def test_quick(on_cpu: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "QUICK_SHAPES", (Shape(2, 100),))
+    monkeypatch.setattr(kernel_run, "QUICK_SHAPES", (Shape(2, 100),))
     status, content = bench_kernel(tmp_path, "--quick")
     assert status == 0
     assert [(row["shape"], row["next_n"]) for row in content["rows"]] == [("2x100", 1), ("2x100", 3)]
@@ -817,7 +817,7 @@ def test_quick_on_gpu(tmp_path: Path) -> None:
     for row in content["rows"]:
         assert 1 < row["times_us"][OURS] < 100
         assert 1 < row["plan_us"] < 100
-        assert 0 < row["relative_errors"][OURS] <= kernel.TOLERANCE
+        assert 0 < row["relative_errors"][OURS] <= kernel_run.TOLERANCE
     assert imread(tmp_path / "kernel.png").shape[0] > 300
 
 

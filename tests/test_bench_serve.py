@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -379,7 +379,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     found = World(tmp_path)
     monkeypatch.setenv("FAKE_LOG", str(found.log))
     monkeypatch.setattr(machine, "gpus", lambda: [GPU])
@@ -387,9 +387,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(clients, "CLI", Path(FAKE).stem)
     monkeypatch.setenv("PYTHONPATH", str(Path(FAKE).parent), prepend=os.pathsep)
     monkeypatch.setattr(serve_run, "_PROFILE_SECONDS", 0.1)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield found
-    signal.signal(signal.SIGTERM, handler)
+    return found
 
 
 def figures(content: dict) -> list[tuple[str, str, int, float]]:
@@ -565,11 +563,13 @@ def test_a_configuration_that_fails_loses_no_other(
     assert figures(content) == [
         ("4x1024:cached", "plugin", 1, 210), ("4x1024:cached", "stock", 2, 300), ("4x1024:cached", "plugin", 2, 310),
     ]  # fmt: skip
-    failure = "the server ended with status 1 while starting; its log ends with\n  the pages are too few"
-    assert content["failures"] == {"stock k=1": failure}
+    log = world.output / "logs" / "stock-k1.log"
+    failure = f"the server ended with status 1 while starting; its log is {log}"
+    tail = "the log ends with\n  the pages are too few"
+    assert log.is_file() and content["failures"] == {"stock k=1": f"{failure}\n{tail}"}
     captured = capsys.readouterr()
-    assert f"stock k=1 failed: {failure}" in captured.out
-    assert f"stock k=1 failed: {failure}" in captured.err
+    assert f"stock k=1 failed: {failure}\n{tail}\n" in captured.err
+    assert f"stock k=1 failed: {failure}\n" in captured.out and "the pages are too few" not in captured.out
     monkeypatch.delenv("FAKE_TROUBLE")
     world.started()
     status, content = world.run("-k", "1,2", "--quick")
@@ -580,7 +580,7 @@ def test_a_configuration_that_fails_loses_no_other(
 @pytest.mark.parametrize(
     ("trouble", "why"),
     [
-        ("fail", "it ended with status 1; its log ends with\n  the client is ill"),
+        ("fail", r"it ended with status 1; its log is \S+/logs/stock-k0-4x1024-cached.log\nthe log ends with\n  the client is ill"),
         ("lose", "vllm bench serve: 3 of 4 requests were answered; see "),
     ],
 )
@@ -592,16 +592,19 @@ def test_a_workload_that_fails_loses_no_other(
     assert status == 1
     assert figures(content) == [("2x8192", "stock", 0, 100)]
     assert list(content["failures"]) == ["4x1024:cached, stock k=0"]
-    assert content["failures"]["4x1024:cached, stock k=0"].startswith(why)
+    assert re.match(why, content["failures"]["4x1024:cached, stock k=0"])
 
 
-def test_a_server_that_dies_is_not_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_dies_is_not_asked_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FAKE_TROUBLE", "kill: off .* 4x1024")
     status, content = world.run("-k", "0", *TWO)
     assert status == 1
     assert figures(content) == [("4x1024:cached", "plugin", 0, 110), ("2x8192", "plugin", 0, 110)]
     assert list(content["failures"]) == ["4x1024:cached, stock k=0", "stock k=0"]
     assert content["failures"]["stock k=0"].endswith("\n  out of memory")
+    assert capsys.readouterr().err.count("out of memory") == 1
     assert not any("off k=0 2x8192" in line for line in world.started())
 
 
@@ -618,7 +621,7 @@ def test_a_client_that_cannot_be_imported(world: World, monkeypatch: pytest.Monk
     assert status == 1 and content["measurements"] == []
     for workload in ("4x1024:cached", "2x8192"):
         why = content["failures"][f"{workload}, stock k=0"]
-        assert why.startswith("vLLM's client cannot be imported; its log ends with")
+        assert why.startswith(f"vLLM's client cannot be imported; its log is {world.output}/logs/stock-k0-clients.log\n")
         assert why.endswith("\n  ModuleNotFoundError: No module named 'no_such_client'")
 
 
@@ -666,8 +669,10 @@ sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(worl
     while "bench require k=0 2x8192" not in world.log.read_text():
         assert running.poll() is None
         time.sleep(0.1)
+    start = time.monotonic()
     running.send_signal(sent)
     _, errors = running.communicate(timeout=60)
+    assert time.monotonic() - start < 1.5
     pids = list(map(int, re.findall(r"pid=(\d+)", world.log.read_text())))
     if sent == signal.SIGKILL:  # nobody is left to stop the last server, its child, and the client
         for pid in pids[-8:]:
@@ -729,7 +734,7 @@ def test_without_a_gpu_one_sentence(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "gpus", lambda: [{**GPU, "compute_cap": "8.0"}])
-    assert cli.main(["bench", "serve", "m", "--output", str(world.output)]) == 1
+    assert cli.main(["bench", "serve", "o/m", "--output", str(world.output)]) == 1
     needed = "needs a GPU of compute capability 9.0 (H100, H200, GH200), and nvidia-smi lists none"
     assert capsys.readouterr().err == f"vllm-mqa-sm90 bench serve: {needed}\n"
     assert not world.output.exists() and world.started() == []
@@ -740,7 +745,7 @@ def test_without_vllm(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         raise serve.importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(serve.importlib.metadata, "version", missing)
-    assert cli.main(["bench", "serve", "m"]) == 1
+    assert cli.main(["bench", "serve", "o/m"]) == 1
     assert "needs vLLM in this Python, and finds no vllm: pip install 'vllm-mqa-sm90[serve]'" in capsys.readouterr().err
 
 
@@ -779,12 +784,43 @@ def test_what_cannot_be_measured_is_refused_at_once(
         (["--workload", "8192"], "expected CONCURRENCYxCONTEXT"),
         (["--quick", "--workload", "1x1"], "not allowed with argument"),
         (["stray"], "unrecognized arguments: stray"),
+        (["--timeout", "0"], "argument --timeout: expected a number of seconds above 0, given '0'"),
+        (["--timeout", "-3"], "expected a number of seconds above 0, given '-3'"),
+        (["--timeout", "nan"], "expected a number of seconds above 0, given 'nan'"),
+        (["--timeout", "soon"], "expected a number of seconds above 0, given 'soon'"),
+        (["--output", __file__], f"argument --output: expected a folder, given the file {__file__}"),
+        (
+            ["-k", "2", "--tensor-parallel-size", "8", "--", "--max-num-seqs", "4"],
+            "arguments of vllm serve come last, after --: -- --tensor-parallel-size 8 --max-num-seqs 4",
+        ),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as error:
-        cli.main(["bench", "serve", "m", *words])
+        cli.main(["bench", "serve", "o/m", *words])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no-such", "expected a folder, or a name of the form ORG/NAME, found no folder no-such"),
+        ("/no/such", "found no folder /no/such"),
+        ("./o/m", "found no folder ./o/m"),
+        ("../m", "found no folder ../m"),
+        ("a/b/c", "found no folder a/b/c"),
+        ("present/m", "found no folder present/m"),
+        ("present", "expected a folder with a config.json, present has none"),
+    ],
+)
+def test_a_model_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, message: str
+) -> None:
+    (tmp_path / "present").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        cli.main(["bench", "serve", model])
+    assert error.value.code == 2 and re.search(rf"argument MODEL: .*{re.escape(message)}", capsys.readouterr().err)
 
 
 def test_only_some_commands_pass_words_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,3 +139,73 @@ def test_an_old_nvcc_is_passed_over_by_name(tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"{nvcc} is release 12.4" in line
+
+
+# Compiles into an empty file, and says in $LOG that it did.
+NVCC = """#!/bin/sh
+case "$*" in
+--version) echo 'Cuda compilation tools, release 13.0, V13.0.88' ;;
+*) for word in "$@"; do out=$word; done; echo "$out" >>"$LOG"; : >"$out" ;;
+esac
+"""
+
+
+def make_site(site: Path, torch: str = "2.11.0") -> Path:
+    """Installed packages as a build finds them, new as in each isolated build of pip's."""
+    for name, text in {
+        "torch/version.py": f"__version__ = '{torch}'\n",
+        "cutlass_library/source/include/cute/tensor.hpp": "",
+        "cutlass_library/source/include/cutlass/version.h": "#define CUTLASS_MAJOR 4\n",
+        "nvidia/cu13/bin/nvcc": NVCC,
+        **dict.fromkeys(TOOLKIT_FILES, ""),
+    }.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+    (site / "nvidia/cu13/bin/nvcc").chmod(0o755)
+    return site
+
+
+TOOLKIT_FILES = [
+    f"nvidia/cu13/{part}"
+    for part in (
+        "nvvm/bin/cicc", "include/crt/host_config.h", "include/cuda_runtime.h", "include/cccl/cuda/std/utility"
+    )
+]  # fmt: skip
+
+
+def test_nothing_is_compiled_again_unless_something_changed(tmp_path: Path) -> None:
+    tools, log, sources = tmp_path / "tools", tmp_path / "log", tmp_path / "tree" / "csrc"
+    tools.mkdir()
+    shutil.copytree(ROOT / "csrc", sources, ignore=shutil.ignore_patterns("*.svg"))
+    ninja = shutil.which("ninja") or Path(sysconfig.get_path("scripts"), "ninja")
+    for name in "sh", "cat":
+        (tools / name).symlink_to(shutil.which(name))
+    (tools / "ninja").symlink_to(ninja)
+    (tools / "g++").touch(0o755)
+    interface = tmp_path / "build" / "hatchling" / "builders" / "hooks" / "plugin" / "interface.py"
+    interface.parent.mkdir(parents=True)
+    interface.write_text("class BuildHookInterface: pass\n")
+    (tmp_path / "tree" / "vllm_mqa_sm90").mkdir()
+    program = (
+        "import runpy, sysconfig; sysconfig.get_path = lambda *_: 'nowhere';"
+        "runpy.run_path('csrc/build.py', run_name='__main__')"
+    )
+
+    def compiled(site: Path) -> int:
+        log.write_text("")
+        env = {"PYTHONPATH": f"{site}:{tmp_path / 'build'}", "PATH": str(tools), "LOG": str(log)}
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", program], cwd=tmp_path / "tree", capture_output=True, text=True, env=env
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return len(log.read_text().splitlines())
+
+    everything = compiled(make_site(tmp_path / "first"))
+    assert everything == len(list(sources.glob("*.cu"))) + 2  # the bindings and the library
+    shutil.rmtree(tmp_path / "first")
+    assert compiled(make_site(tmp_path / "second")) == 0
+    assert compiled(make_site(tmp_path / "third", torch="2.12.0")) == everything
+    (sources / "plan.cu").touch()
+    assert compiled(tmp_path / "third") == 2
+    (sources / "params.h").touch()
+    assert compiled(tmp_path / "third") == everything

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The made checkpoint: its shapes and names against vLLM's own model code, its tokenizer, its numbers."""
 
+import importlib.util
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,7 +183,7 @@ def test_fp8_weights_use_their_range_and_scales_undo_it() -> None:
 
 
 def test_hashed_tokens_have_different_experts() -> None:
-    table = fill(Tensor("tid2eid", (1000, 6), dtype=torch.int64, below=16), 0)
+    table = fill(Tensor("tid2eid", (1000, 6), dtype="int64", below=16), 0)
     assert table.dtype == torch.int64 and table.min() == 0 and table.max() == 15
     assert all(len(set(row)) == 6 for row in table.tolist())
 
@@ -287,21 +293,144 @@ def test_chat_template_and_vllms_own_encoding_agree(small: Path, name: str) -> N
     assert vllm.decode(ids) == expected
 
 
+LIMITS = {"--layers": "at least 1", "--experts": "a multiple of 8 from 16 to 256"}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--layers", "0"], "layers: expected at least 1, got 0"),
-        (["--experts", "20"], "experts: expected a multiple of 8 from 16 to 256, got 20"),
-        (["--experts", "8"], "experts: expected a multiple of 8 from 16 to 256, got 8"),
+        (["--layers", "0"], f"layers: expected {LIMITS['--layers']}, got 0"),
+        (["--experts", "20"], f"experts: expected {LIMITS['--experts']}, got 20"),
+        (["--experts", "8"], f"experts: expected {LIMITS['--experts']}, got 8"),
         ([], "is not empty"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
     (tmp_path / "something").touch()
-    assert cli.main(["make-checkpoint", str(tmp_path), *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert message in refused(capsys, tmp_path, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def refused(capsys, directory: Path, *arguments: str) -> str:
+    """The one line that the command says."""
+    assert cli.main(["make-checkpoint", str(directory), *arguments]) == 2
+    captured = capsys.readouterr()
+    (line,) = (line for line in captured.err.splitlines() if not re.fullmatch(r"writing [\d.]+ GB", line))
+    assert line.startswith("vllm-mqa-sm90 make-checkpoint: ") and not captured.out
+    return line
+
+
+def test_help_says_the_limits(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["make-checkpoint", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(limit in text for limit in LIMITS.values())
+
+
+def test_a_file_in_its_place_is_one_line(tmp_path: Path, capsys) -> None:
+    (tmp_path / "model").write_text("mine")
+    assert f"{tmp_path / 'model'} is a file: name a new directory" in refused(capsys, tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
+    assert "Not a directory" in refused(capsys, tmp_path / "model" / "below")
+
+
+def test_a_missing_package_is_one_line(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name))
+    line = refused(capsys, tmp_path / "model")
+    assert line.endswith("needs safetensors, which vLLM brings: pip install safetensors")
+    assert not (tmp_path / "model").exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2_900_000_000))
+    line = refused(capsys, tmp_path / "model")
+    assert re.search(r"model needs 3\.\d GB of disk, where 2\.9 GB are free: name another directory, or fewer layers", line)
+    assert not (tmp_path / "model").exists()
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = ARCHITECTURES["v32"]
+    config = lambda *sizes: {**architecture.config(*sizes), **SMALL_OF["v32"]}  # noqa: E731
+    monkeypatch.setitem(ARCHITECTURES, "v32", replace(architecture, config=config))
+
+
+def test_the_size_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    seen = []
+    written = make_checkpoint(tmp_path / "model", layers=2, experts=16, progress=lambda *step: seen.append(step))
+    (total,) = {total for _, total in seen}
+    assert seen[0] == (0, total) and seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert 0 < written - total < 0.01 * total  # the files' headers
+    assert not (tmp_path / "model" / ".incomplete").exists()
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    cli.main(["make-checkpoint", str(tmp_path / "a"), "--layers", "1"])
+    assert re.fullmatch(r"writing [\d.]+ GB\n", capsys.readouterr().err)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich: a terminal
+    cli.main(["make-checkpoint", str(tmp_path / "b"), "--layers", "1"])
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert re.search(r"writing \S+ ([\d.]+)/\1 MB \d:\d\d:\d\d", shown)
+
+
+# What a full disk does, for more than 1 MB in one file.
+FULL = """
+import resource, sys
+from vllm_mqa_sm90 import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+sys.exit(cli.main(["make-checkpoint", sys.argv[1], "--layers", "1", "--experts", "16"]))
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_write_that_fails_is_one_line_and_leaves_nothing(tmp_path: Path, there: bool) -> None:
+    model = tmp_path / "model"
+    if there:
+        model.mkdir()
+    done = subprocess.run([sys.executable, "-c", FULL, model], capture_output=True, text=True)
+    _, line = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert re.search(r"model-\d+-of-\d+\.safetensors cannot be written: .*\(os error \d+\)$", line)
+    assert model.exists() == there and (not there or not list(model.iterdir()))
+
+
+def begun(model: Path) -> subprocess.Popen:
+    """A process in the middle of writing to `model`."""
+    command = [sys.executable, "-m", "vllm_mqa_sm90", "make-checkpoint", model, "--layers", "8"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(model.glob("*.safetensors")):
+        assert running.poll() is None
+        time.sleep(0.02)
+    return running
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+    running = begun(tmp_path / "model")
+    start = time.monotonic()
+    running.send_signal(sent)
+    _, errors = running.communicate(timeout=30)
+    assert time.monotonic() - start < 1.5
+    assert running.returncode == 130 and errors.splitlines()[1:] == ["interrupted"]
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    running = begun(model)
+    assert "is being written by another make-checkpoint" in refused(capsys, model)
+    running.kill()
+    running.communicate()
+    assert list(model.glob("*-of-00010.safetensors"))
+    shrink(monkeypatch)
+    assert cli.main(["make-checkpoint", str(model), "--layers", "1", "--experts", "16"]) == 0
+    assert {path.name for path in model.glob("*.safetensors")} == {f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)}
+    assert (model / "config.json").is_file() and not (model / ".incomplete").exists()
+    capsys.readouterr()
+    assert "is not empty" in refused(capsys, model)
 
 
 def test_unknown_architecture_is_named(tmp_path: Path) -> None:

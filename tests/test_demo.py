@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ from fake_server import METRICS
 from rich.console import Console
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import cli, demo, server
+from vllm_mqa_sm90 import cli, demo, machine, server
 from vllm_mqa_sm90.server import Server, ServerError
 
+H100 = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
+A10 = {**H100, "name": "NVIDIA A10", "compute_cap": "8.6"}
 FAKE = str(Path(__file__).with_name("fake_server.py"))
 
 
@@ -84,12 +88,34 @@ def test_substitute_notices_a_wrong_schedule(monkeypatch: pytest.MonkeyPatch, da
 
 def test_command_runs_the_substitute_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        assert cli.main(["demo"]) == 0
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr(machine, "gpus", lambda: [A10])
+    assert cli.main(["demo"]) == 0
     assert capsys.readouterr().out.startswith("no GPU of compute capability 9.0")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "seen", "why"),
+    [
+        (None, None, None, "does not see it, as it was built without CUDA"),
+        ("13.0", "", None, "does not see it; CUDA_VISIBLE_DEVICES is '': name the GPU in it, or unset it"),
+        ("13.0", None, None, "does not see it; is the driver for CUDA 13.0?"),
+        ("13.0", None, "NVIDIA A10", "uses NVIDIA A10: choose with CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_gpu_that_pytorch_does_not_see_is_not_well(
+    monkeypatch: pytest.MonkeyPatch, capsys, cuda: str | None, visible: str | None, seen: str | None, why: str
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [A10, H100])
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: seen)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cli.main(["demo"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith(f"nvidia-smi lists NVIDIA H100, but PyTorch {torch.__version__} {why}") and "schedule" not in out
 
 
 def test_progress_without_a_terminal_is_a_line_each_time() -> None:
@@ -138,7 +164,8 @@ def test_failed_start_shows_the_end_of_the_log(tmp_path: Path) -> None:
         with pytest.raises(ServerError) as failure:
             ready(running)
     message = str(failure.value)
-    assert message.startswith("the server ended with status 1 while starting; its log ends with\n")
+    log = tmp_path / "log"
+    assert message.startswith(f"the server ended with status 1 while starting; its log is {log}\nthe log ends with\n  line 71\n")
     assert message.endswith("\n  line 99\n  out of memory") and "line 50\n" not in message
 
 
@@ -173,8 +200,8 @@ def test_failed_start_shows_its_first_error(tmp_path: Path, lines_between: int) 
     assert message.endswith("    start()\n  RuntimeError: Engine core initialization failed. See root cause above.")
     if lines_between:
         start, _, rest = message.partition("\n")
-        assert start == "the server ended with status 1 while starting; the first error in its log is"
-        cause = "  pydantic.ValidationError: 1 error for Config\n    the pages are too few\nand it ends with\n  line\n"
+        assert start == f"the server ended with status 1 while starting; its log is {tmp_path / 'log'}"
+        cause = "the first error in the log is\n  pydantic.ValidationError: 1 error for Config\n    the pages are too few\nand it ends with\n  line\n"
         assert rest.startswith(cause)
 
 
@@ -191,15 +218,16 @@ def test_slow_start_ends_at_the_timeout_and_shows_progress(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_stops_the_server(tmp_path: Path, sent: signal.Signals) -> None:
-    """A demo that is interrupted while its server runs ends with 130 and leaves nothing behind."""
+    """A demo that is interrupted while its server runs ends with 130, soon, and leaves nothing behind."""
     (tmp_path / "config.json").write_text("{}")
     program = f"""
-import sys, torch
+import sys, tempfile, torch
 from vllm_mqa_sm90 import cli, demo
+tempfile.tempdir = {str(tmp_path)!r}
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *device: (9, 0)
 demo.vllm_serve = lambda model, port, *arguments: [sys.executable, {FAKE!r}, str(port)]
-demo._ask = lambda console, server: (print("pid", server.pid, flush=True), print((server._log).read_text(), flush=True), __import__("time").sleep(600))
+demo._ask = lambda console, server, pool: (print("pid", server.pid, flush=True), print((server._log).read_text(), flush=True), __import__("time").sleep(600))
 sys.exit(cli.main(["demo", "--checkpoint", {str(tmp_path)!r}]))
 """
     running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -209,10 +237,48 @@ sys.exit(cli.main(["demo", "--checkpoint", {str(tmp_path)!r}]))
             pids.append(int(found[1]))
         if len(pids) == 2:
             break
+    start = time.monotonic()
     running.send_signal(sent)
     assert running.wait(30) == 130
+    assert time.monotonic() - start < 1.5
     running.stdout.close()
     assert len(pids) == 2 and all(map(gone, pids))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_interrupt_does_not_wait_for_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that threads wait for end with the server."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def ask(console: Console, running: Server, pool: ThreadPoolExecutor) -> None:
+        waiting = pool.submit(running.get, "/slow")
+        while "slow" not in running._log.read_text():
+            assert not waiting.done()
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "vllm_serve", lambda model, port, *arguments: [sys.executable, FAKE, str(port)])
+    monkeypatch.setattr(demo, "_ask", ask)
+    out, start = console(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_on_gpu(out, tmp_path, 30, [])
+    ready_after = float(re.search(r"after (\d+) s", out.file.getvalue())[1])
+    assert time.monotonic() - start < ready_after + 5  # the server would answer after 60
+
+
+def test_the_log_of_a_failed_server_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(demo, "vllm_serve", lambda *_: [sys.executable, "-c", "raise SystemExit('out of memory')"])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert cli.main(["demo", "--checkpoint", str(tmp_path / "model")]) == 1
+    (log,) = tmp_path.glob("*.log")
+    assert log.read_text() == "out of memory\n"
+    out = capsys.readouterr().out
+    assert f"its log is {log}\n" in out and out.count("out of memory") == 1
+
 
 
 @pytest.mark.parametrize("launches, status", [(7, 0), (0, 1)])

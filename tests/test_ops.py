@@ -204,6 +204,57 @@ def test_misuse_of_a_ragged_step_is_named(misuse: Callable[[Arguments], Argument
         vllm_mqa_sm90.paged_mqa_logits(**misuse(valid_ragged_arguments()))
 
 
+TENSORS = ("q", "kv_cache", "weights", "context_lens", "block_table", "plan", "out")
+
+
+@pytest.mark.parametrize("given", [[1, 2], "x", 3, torch.float32], ids=repr)
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_tensor_is_named(name: str, given: object) -> None:
+    expected = f"^vllm_mqa_sm90: {name}: expected a tensor, given {type(given).__name__}$"
+    for arguments in valid_arguments(), valid_ragged_arguments():
+        with pytest.raises(TypeError, match=expected):
+            vllm_mqa_sm90.paged_mqa_logits(**{**arguments, name: given})
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "out"])
+def test_none_is_no_tensor(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected a tensor, given NoneType$"):
+        vllm_mqa_sm90.paged_mqa_logits(**{**valid_arguments(), name: None})
+
+
+@pytest.mark.parametrize("name", ["max_context_len", "max_rows"])
+def test_what_is_no_int_is_named(name: str) -> None:
+    for out in None, valid_arguments()["out"]:
+        with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected an int, given str$"):
+            vllm_mqa_sm90.paged_mqa_logits(**{**valid_arguments(), "out": out, name: "130"})
+
+
+@pytest.mark.parametrize("name", ["context_lens", "indices", "query_start_loc", "out"])
+def test_what_is_no_tensor_is_named_by_plan(name: str) -> None:
+    arguments = {"context_lens": torch.zeros(6, dtype=torch.int32), "num_sms": 4}
+    with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected a tensor, given list$"):
+        vllm_mqa_sm90.plan(**{**arguments, name: [0, 6]})
+
+
+@pytest.mark.parametrize("name", ["num_sms", "max_rows"])
+def test_what_is_no_int_is_named_by_plan(name: str) -> None:
+    lens = torch.zeros(6, dtype=torch.int32)
+    with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected an int, given float$"):
+        vllm_mqa_sm90.plan(**{"context_lens": lens, "indices": lens, "num_sms": 4, name: 2.0})
+
+
+@pytest.mark.parametrize("name", ["seq_lens", "query_start_loc", "out"])
+def test_what_is_no_tensor_is_named_by_row_context_lens(name: str) -> None:
+    arguments = {each: torch.zeros(2, dtype=torch.int32) for each in ("seq_lens", "query_start_loc", "out")}
+    with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected a tensor, given tuple$"):
+        vllm_mqa_sm90.row_context_lens(**{**arguments, name: (0, 1)})
+
+
+def test_a_cache_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match="^vllm_mqa_sm90: kv_cache: expected a tensor, given NoneType$"):
+        ops.check_kv_cache(None)
+
+
 @pytest.mark.parametrize("case", [case for case in MISUSES if case[0].startswith(("kv ", "page ", "no pages", "loose"))])
 def test_a_cache_can_be_asked_about_without_a_launch(case: tuple) -> None:
     arguments = valid_arguments()

@@ -3,6 +3,8 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -111,6 +113,106 @@ def test_rows_of_a_ragged_step_are_those_of_their_request_alone(by: str) -> None
             torch.testing.assert_close(given[row].double(), expected, rtol=1e-5, atol=1e-4)
             row += 1
     assert len(given) == row + 4 and torch.isinf(given[row:]).all()
+
+
+def change(name: str, function: Callable[[torch.Tensor], object]) -> Callable[[dict], dict]:
+    return lambda arguments: {**arguments, name: function(arguments[name])}
+
+
+def arguments_of(step: Step) -> dict[str, object]:
+    names = ("q", "kv_cache", "weights", "context_lens", "block_table")
+    grouping = {name: given for name, given in step.grouping().items() if given is not None}
+    return {**dict(zip(names, step.inputs(), strict=True)), "max_context_len": step.max_context_len, **grouping}
+
+
+def set_entry(row: int, column: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def changed(table: torch.Tensor) -> torch.Tensor:
+        table = table.clone()
+        table[row, column] = value
+        return table
+
+    return changed
+
+
+# Of two requests of two rows, 16 heads, pages of 64: (the change, what the error says).
+MISUSES = [
+    (change("q", lambda t: t.tolist()), "q: expected a tensor, given list"),
+    (change("context_lens", lambda t: None), "context_lens: expected a tensor, given NoneType"),
+    (change("max_context_len", float), "max_context_len: expected an int, given float"),
+    (change("max_context_len", lambda n: -n), "max_context_len: expected at least 0, given -71"),
+    (change("q", lambda t: t.float()), "q: expected dtype torch.float8_e4m3fn, given dtype torch.float32"),
+    (change("kv_cache", lambda t: t.view(torch.int8)), "kv_cache: expected dtype torch.uint8, given dtype torch.int8"),
+    (change("weights", lambda t: t.half()), "weights: expected dtype torch.float32, given dtype torch.float16"),
+    (change("context_lens", lambda t: t.long()), "context_lens: expected dtype torch.int32, given dtype torch.int64"),
+    (change("block_table", lambda t: t.long()), "block_table: expected dtype torch.int32, given dtype torch.int64"),
+    (change("weights", lambda t: t.to("meta")), "weights: expected device cpu, as q, given device meta"),
+    (change("context_lens", lambda t: t[None]), "context_lens: expected shape [B, next_n] or [T], given shape [1, 2, 2]"),
+    (change("q", lambda t: t[:1]), "q: expected shape [4, H, 128] or [2, 2, H, 128], as context_lens, given shape [1, 2, 16, 128]"),
+    (change("q", lambda t: t[..., :64]), "q: expected shape [4, H, 128] or [2, 2, H, 128], as context_lens, given shape [2, 2, 16, 64]"),
+    (change("q", lambda t: t.flatten()), "q: expected shape [4, H, 128] or [2, 2, H, 128], as context_lens, given shape [8192]"),
+    (change("kv_cache", lambda t: t.squeeze(2)), "kv_cache: expected shape [pages, page, 1, 132], page 32 or 64, given shape [4, 64, 132]"),
+    (change("kv_cache", lambda t: t[:, :48]), "kv_cache: expected shape [pages, page, 1, 132], page 32 or 64, given shape [4, 48, 1, 132]"),
+    (change("weights", lambda t: t[:3]), "weights: expected shape [4, 16], given shape [3, 16]"),
+    (change("block_table", lambda t: t[0]), "block_table: expected shape [R, pages] with R >= 2, given shape [3]"),
+    (change("block_table", lambda t: t[:1]), "block_table: expected shape [R, pages] with R >= 2, given shape [1, 3]"),
+    (
+        change("block_table", lambda t: t[:, :1]),
+        "block_table: expected at least 2 columns, for the 71 tokens of request 0, given shape [2, 1]",
+    ),
+    (
+        change("block_table", set_entry(1, 0, -1)),
+        "block_table: expected ids of the 4 pages within the context of request 1, given [-1]",
+    ),
+    (
+        change("block_table", set_entry(0, 1, 4)),
+        "block_table: expected ids of the 4 pages within the context of request 0, given [4]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("misuse", "says"), MISUSES, ids=[says[:60] for _, says in MISUSES])
+def test_misuse_is_named(misuse: Callable[[dict], dict], says: str) -> None:
+    right = arguments_of(random_step([[70, 71], [5, 6]], heads=16))
+    reference.paged_mqa_logits(**right)
+    with pytest.raises((TypeError, ValueError), match=f"^vllm_mqa_sm90: {re.escape(says)}$"):
+        reference.paged_mqa_logits(**misuse(right))
+
+
+RAGGED_MISUSES = [
+    ("indices", change("context_lens", lambda t: t.view(3, 1)), "context_lens: expected shape [T], as the step is ragged, given"),
+    ("indices", change("indices", lambda t: t[:2]), "indices: expected shape [3], as context_lens, given shape [2]"),
+    ("indices", change("indices", lambda t: t.long()), "indices: expected dtype torch.int32, given dtype torch.int64"),
+    ("indices", change("indices", lambda t: t + 1), "block_table: expected a row for request 2, given shape [2, 3]"),
+    ("indices", change("indices", lambda t: t - 2), "block_table: expected a row for request -"),
+    (
+        "indices",
+        lambda arguments: {**arguments, "query_start_loc": arguments["indices"]},
+        "indices: expected either indices or query_start_loc, given both",
+    ),
+    ("query_start_loc", change("query_start_loc", lambda t: t[:0]), "query_start_loc: expected shape [R + 1], given shape [0]"),
+    (
+        "query_start_loc",
+        change("query_start_loc", lambda t: t.flip(0)),
+        "query_start_loc: expected numbers from 0 to 3 that do not decrease, given [3, 2, 0]",
+    ),
+    ("query_start_loc", change("query_start_loc", lambda t: t + 1), "query_start_loc: expected numbers from 0 to 3 that"),
+    ("query_start_loc", change("block_table", lambda t: t[:1]), "block_table: expected a row for request 1, given shape [1, 3]"),
+]
+
+
+@pytest.mark.parametrize(("by", "misuse", "says"), RAGGED_MISUSES, ids=[says[:60] for *_, says in RAGGED_MISUSES])
+def test_misuse_of_a_ragged_step_is_named(by: str, misuse: Callable[[dict], dict], says: str) -> None:
+    right = arguments_of(random_ragged_step([[70, 71], [5]], by=by, heads=16))
+    reference.paged_mqa_logits(**right)
+    with pytest.raises((TypeError, ValueError), match=f"^vllm_mqa_sm90: {re.escape(says)}"):
+        reference.paged_mqa_logits(**misuse(right))
+
+
+def test_a_table_need_not_reach_past_max_context_len() -> None:
+    step = random_step([[100, 90]], heads=16)
+    whole = step.reference()
+    step.max_context_len, step.block_table = 40, step.block_table[:, :1]
+    torch.testing.assert_close(step.reference(), whole[:, :40])
 
 
 def test_lengths_are_cut_at_max_context_len() -> None:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 TP_SIZE = 8
 FP8_BLOCK = 128
 # Of every FP8 block. Weights are about 1 / sqrt(inputs): divided by this, in the middle of e4m3's range.
@@ -21,7 +19,7 @@ FP8_SCALE = 2.0**-8
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write: `shape`, and how it is filled.
+    """One tensor to write: `shape`, `dtype` (PyTorch's name), and how it is filled.
 
     gain: standard deviation of `x @ w.T` for unit-variance `x`. None: all `constant` (a norm's weight).
     alike: draws the numbers of the tensor of this name (the MTP layer shares embedding and head).
@@ -31,7 +29,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     gain: float | None = 1.0
-    dtype: torch.dtype = torch.bfloat16
+    dtype: str = "bfloat16"
     alike: str | None = None
     constant: float = 1.0
     below: int | None = None
@@ -203,8 +201,8 @@ def _v32_layer(config: dict[str, Any], layer: int) -> Iterator[Tensor]:
         indexer = attn + "indexer."
         yield Tensor(indexer + "wq_b.weight", (index_heads * index_dim, q_rank))
         yield Tensor(indexer + "wk.weight", (index_dim, hidden))
-        yield Tensor(indexer + "k_norm.weight", (index_dim,), gain=None, dtype=torch.float32)
-        yield Tensor(indexer + "k_norm.bias", (index_dim,), gain=0.0, dtype=torch.float32)
+        yield Tensor(indexer + "k_norm.weight", (index_dim,), gain=None, dtype="float32")
+        yield Tensor(indexer + "k_norm.bias", (index_dim,), gain=0.0, dtype="float32")
         yield Tensor(indexer + "weights_proj.weight", (index_heads, hidden))
 
     mlp = prefix + "mlp."
@@ -213,7 +211,7 @@ def _v32_layer(config: dict[str, Any], layer: int) -> Iterator[Tensor]:
         return
     experts, width = c["n_routed_experts"], c["moe_intermediate_size"]
     yield Tensor(mlp + "gate.weight", (experts, hidden))
-    yield Tensor(mlp + "gate.e_score_correction_bias", (experts,), gain=0.0, dtype=torch.float32)
+    yield Tensor(mlp + "gate.e_score_correction_bias", (experts,), gain=0.0, dtype="float32")
     yield from _mlp(mlp + "shared_experts.", hidden, width * c["n_shared_experts"])
     for expert in range(experts):
         yield from _mlp(f"{mlp}experts.{expert}.", hidden, width)
@@ -333,7 +331,7 @@ def _v4_layer(config: dict[str, Any], prefix: str, layer: int) -> Iterator[Tenso
         yield from _hyper_connection(f"{prefix}hc_{part}", config, mixes, scales=3)
 
     attn = prefix + "attn."
-    yield Tensor(attn + "attn_sink", (heads,), gain=0.0, dtype=torch.float32)
+    yield Tensor(attn + "attn_sink", (heads,), gain=0.0, dtype="float32")
     yield from _fp8(attn + "wq_a", (q_rank, hidden))
     yield Tensor(attn + "q_norm.weight", (q_rank,), gain=None)
     yield from _fp8(attn + "wq_b", (heads * head_dim, q_rank))
@@ -354,9 +352,9 @@ def _v4_layer(config: dict[str, Any], prefix: str, layer: int) -> Iterator[Tenso
     experts, width, chosen = c["n_routed_experts"], c["moe_intermediate_size"], c["num_experts_per_tok"]
     yield Tensor(ffn + "gate.weight", (experts, hidden))
     if layer < c["num_hash_layers"]:
-        yield Tensor(ffn + "gate.tid2eid", (c["vocab_size"], chosen), dtype=torch.int64, below=experts)
+        yield Tensor(ffn + "gate.tid2eid", (c["vocab_size"], chosen), dtype="int64", below=experts)
     else:
-        yield Tensor(ffn + "gate.bias", (experts,), gain=0.0, dtype=torch.float32)
+        yield Tensor(ffn + "gate.bias", (experts,), gain=0.0, dtype="float32")
     yield from _fp8_mlp(ffn + "shared_experts.", hidden, width * c["n_shared_experts"])
     for expert in range(experts):
         yield from _fp8_mlp(f"{ffn}experts.{expert}.", hidden, width)
@@ -364,9 +362,9 @@ def _v4_layer(config: dict[str, Any], prefix: str, layer: int) -> Iterator[Tenso
 
 def _hyper_connection(prefix: str, config: dict[str, Any], mixes: int, scales: int) -> Iterator[Tensor]:
     """What mixes the `hc_mult` residual streams: a product with all of them makes the `mixes` factors."""
-    yield Tensor(prefix + "_fn", (mixes, config["hc_mult"] * config["hidden_size"]), dtype=torch.float32)
-    yield Tensor(prefix + "_base", (mixes,), gain=0.0, dtype=torch.float32)
-    yield Tensor(prefix + "_scale", (scales,), gain=None, dtype=torch.float32)
+    yield Tensor(prefix + "_fn", (mixes, config["hc_mult"] * config["hidden_size"]), dtype="float32")
+    yield Tensor(prefix + "_base", (mixes,), gain=0.0, dtype="float32")
+    yield Tensor(prefix + "_scale", (scales,), gain=None, dtype="float32")
 
 
 def _compressor(prefix: str, hidden: int, head_dim: int, ratio: int) -> Iterator[Tensor]:
@@ -374,7 +372,7 @@ def _compressor(prefix: str, hidden: int, head_dim: int, ratio: int) -> Iterator
     width = head_dim * 2 if ratio == 4 else head_dim
     yield Tensor(prefix + "wkv.weight", (width, hidden))
     yield Tensor(prefix + "wgate.weight", (width, hidden))
-    yield Tensor(prefix + "ape", (ratio, width), dtype=torch.float32)
+    yield Tensor(prefix + "ape", (ratio, width), dtype="float32")
     yield Tensor(prefix + "norm.weight", (head_dim,), gain=None)
 
 
@@ -388,8 +386,8 @@ def _fp8(name: str, shape: tuple[int, int], gain: float = 1.0) -> Iterator[Tenso
     """An FP8 matrix and the float32 scales of its blocks."""
     rows, columns = shape
     blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-    yield Tensor(name + ".weight", shape, gain / FP8_SCALE, torch.float8_e4m3fn)
-    yield Tensor(name + ".scale", blocks, None, torch.float32, constant=FP8_SCALE)
+    yield Tensor(name + ".weight", shape, gain / FP8_SCALE, "float8_e4m3fn")
+    yield Tensor(name + ".scale", blocks, None, "float32", constant=FP8_SCALE)
 
 
 @dataclass(frozen=True)

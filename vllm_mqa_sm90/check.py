@@ -7,37 +7,60 @@ import json
 import sys
 from typing import Any
 
-import torch
-
-from vllm_mqa_sm90 import backend, machine, plugin, seams
+from vllm_mqa_sm90 import machine
 
 
 def examine() -> dict[str, Any]:
     """What the plugin would find here; JSON-able.
 
-    `reasons` against taking over (empty: it would), and what they rest on: `versions` (None: not
-    installed), `gpus`, `seams` with the `problem` of each (None: matches).
+    `reasons` against taking over, all of them (empty: it would), and what they rest on: `versions` (None: not
+    installed), `gpus`, `environment`, `seams`: each place in vLLM once, with its `problem` (None: matches).
     """
-    versions = {"vllm_mqa_sm90": machine.version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    report: dict[str, Any] = {"reasons": [], "versions": versions, "gpus": machine.gpus(), "seams": []}
+    import torch
+
+    from vllm_mqa_sm90 import backend, plugin, seams
+
+    versions = {"vllm_mqa_sm90": machine.version(), "torch": torch.__version__, "cuda": torch.version.cuda, "vllm": None}
+    gpus, environment = machine.gpus(), machine.environment()
+    report: dict[str, Any] = {"versions": versions, "gpus": gpus, "environment": environment, "seams": []}
+    mode_problem = vllm_problem = None
     try:
-        if backend.mode() == "off":
-            report["reasons"].append("MQA_SM90 is off")
+        mode_problem = "MQA_SM90 is off" if backend.mode() == "off" else None
     except ValueError as error:
-        report["reasons"].append(str(error))
+        mode_problem = str(error)
     try:
         versions["vllm"] = seams.vllm_version()
-    except ImportError as error:
-        versions["vllm"] = None
-        report["reasons"].append(f"vLLM cannot be imported: {error}")
-        return report
-    report["reasons"] += plugin.problems()
+    except ModuleNotFoundError as error:
+        missing = error.name == "vllm"
+        vllm_problem = "vLLM is not installed in this Python" if missing else f"vLLM cannot be imported: {error}"
+    except Exception as error:  # whatever a broken one may raise
+        vllm_problem = f"vLLM cannot be imported: {type(error).__name__}: {error}"
+
+    gpu_problem, library_problem = _gpu_problem(gpus), plugin.library_problem()
+    if vllm_problem is not None:
+        found = [gpu_problem, mode_problem, vllm_problem, library_problem]
+        return {"reasons": [reason for reason in found if reason is not None], **report}
+    # What vLLM sees counts, as where there is no nvidia-smi; why it sees none, nvidia-smi may say better.
+    if (seen := plugin.gpu_problem()) is None or gpu_problem is None:
+        gpu_problem = seen
+    found = [gpu_problem, mode_problem, plugin.release_problem(), library_problem, plugin.seams_problem()]
+    report = {"reasons": [reason for reason in found if reason is not None], **report}
+    places: dict[str, dict[str, Any]] = {}
     release = seams.release()
-    report["seams"] = [
-        {"path": seam.path, "why": seam.why, "problem": seam.problem()}
-        for seam in (seams.applying(release) if release else ())
-    ]
+    for seam in seams.applying(release) if release else ():
+        place = places.setdefault(seam.path, {"path": seam.path, "why": seam.why, "problem": None})
+        place["problem"] = place["problem"] or seam.problem()
+    report["seams"] = list(places.values())
     return report
+
+
+def _gpu_problem(gpus: list[dict[str, str]]) -> str | None:
+    if not gpus:
+        return "no GPU: nvidia-smi lists none"
+    if any(gpu["compute_cap"] == "9.0" for gpu in gpus):
+        return None
+    names = ", ".join(dict.fromkeys(f"{gpu['name']} ({gpu['compute_cap']})" for gpu in gpus))
+    return f"the GPU is {names}; the kernel is for compute capability 9.0 (H100, H200, GH200)"
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -46,12 +69,11 @@ def _show(report: dict[str, Any]) -> None:
         _fact("GPU", f"{gpu['name']}, compute capability {gpu['compute_cap']}, driver {gpu['driver_version']}")
     if not report["gpus"]:
         _fact("GPU", "none (nvidia-smi lists none)")
-    for name, version in report["versions"].items():
-        _fact(name, version or "none")
-    if report["seams"]:
-        print("\nplaces in vLLM that the plugin knows:")
-    for seam in report["seams"]:
-        print(f"- {seam['problem'] or seam['path'] + ': as expected'}")
+    for name, value in {**report["versions"], **report["environment"]}.items():
+        _fact(name, value or "none")
+    if places := report["seams"]:
+        differ = sum(place["problem"] is not None for place in places)
+        _fact("code of vLLM", f"{len(places)} places that the plugin replaces or relies on, {differ or 'none'} unlike expected")
     if not report["reasons"]:
         print("\nThe plugin would take over the sparse indexer's decode here.")
         return

@@ -8,18 +8,32 @@ gibberish, the work is real.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import importlib.util
 import json
+import math
 import os
+import shutil
 import sys
+import threading
 import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor
 
+if TYPE_CHECKING:  # seconds that a command's help need not wait
+    import torch
+
+_LAYERS, _EXPERTS = "at least 1", "a multiple of 8 from 16 to 256"
+_NEEDS = ("safetensors", "tokenizers", "transformers")
+_INCOMPLETE = ".incomplete"  # in a directory that is being written, or whose writer was killed
 INDEX = "model.safetensors.index.json"
 RANDOM = "random"
 HEADS = ("lm_head.weight", "head.weight")
@@ -46,22 +60,25 @@ CHAT_TEMPLATE = (
 
 def fill(tensor: Tensor, seed: int) -> torch.Tensor:
     """The values of `tensor`: a function of its name and `seed` alone, whatever is drawn beside it."""
+    import torch
+
+    stored = getattr(torch, tensor.dtype)
     if tensor.gain is None:
-        return torch.full(tensor.shape, tensor.constant, dtype=tensor.dtype)
+        return torch.full(tensor.shape, tensor.constant, dtype=stored)
     name = tensor.alike or tensor.name
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     if tensor.below is not None:
         rows, columns = tensor.shape
-        return torch.rand(rows, tensor.below, generator=generator).topk(columns).indices.to(tensor.dtype)
+        return torch.rand(rows, tensor.below, generator=generator).topk(columns).indices.to(stored)
     # Uniform: four times as fast to draw as normal, and no heavier in the products.
     bound = tensor.gain * (3.0 / tensor.shape[-1]) ** 0.5
     # FP8 cannot be drawn.
-    dtype = torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
+    dtype = torch.bfloat16 if stored.itemsize == 1 else stored
     values = torch.empty(tensor.shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
     if name in HEADS:
         # Tokens of unequal weight keep the best two logits further apart than bf16 rounds.
         values *= torch.empty(tensor.shape[0], 1).normal_(0, 0.7, generator=generator).exp().to(dtype)
-    return values.to(tensor.dtype)
+    return values.to(stored)
 
 
 def make_tokenizer(vocab_size: int) -> Any:
@@ -104,46 +121,147 @@ def make_tokenizer(vocab_size: int) -> Any:
     )
 
 
-def make_checkpoint(directory: Path, arch: str = "v32", layers: int = 4, experts: int = 32, seed: int = 0) -> int:
-    """Writes the checkpoint into `directory` (created; must be empty) and returns its size in bytes.
+def make_checkpoint(
+    directory: Path,
+    arch: str = "v32",
+    layers: int = 4,
+    experts: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Writes the checkpoint into `directory` and returns the size of its weights in bytes.
 
-    arch: a key of `ARCHITECTURES`. layers: at least 1, the MTP layer comes on top.
-    experts: routed experts per layer, a multiple of 8 from 16 to 256.
-    Raises ValueError for arguments out of range and FileExistsError for a directory with files in it.
+    Args:
+        directory: created if need be; must be empty, or hold what a killed run left, which is replaced.
+        arch: a key of `ARCHITECTURES`.
+        layers: at least 1, the MTP layer comes on top.
+        experts: routed experts per layer, a multiple of 8 from 16 to 256.
+        progress: called with the bytes done and those of all weights, first before anything is written.
+
+    Raises:
+        ValueError: an argument is out of range.
+        ImportError: a package that writes is missing.
+        OSError: `directory` is a file, or has files in it; its disk has less room than the weights need,
+            or cannot be written to. Nothing is left then, nor after a Ctrl-C.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     if layers < 1:
-        raise ValueError(f"layers: expected at least 1, got {layers}")
+        raise ValueError(f"layers: expected {_LAYERS}, got {layers}")
     # Eight routing groups; each is scored by its best two experts.
     if experts % 8 or not 16 <= experts <= 256:
-        raise ValueError(f"experts: expected a multiple of 8 from 16 to 256, got {experts}")
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty: name a new directory, or remove it first")
-    from safetensors.torch import save_file
+        raise ValueError(f"experts: expected {_EXPERTS}, got {experts}")
+    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"needs {' and '.join(missing)}, which vLLM brings: pip install {' '.join(missing)}")
+    import torch
 
-    directory.mkdir(parents=True, exist_ok=True)
     config = ARCHITECTURES[arch].config(layers, experts)
     shards = list(ARCHITECTURES[arch].shards(config))
+    sizes = {each.name: math.prod(each.shape) * getattr(torch, each.dtype).itemsize for shard in shards for each in shard}
+    total = sum(sizes.values())
+    with _incomplete(directory):
+        free = shutil.disk_usage(directory).free
+        if total > free:
+            raise OSError(
+                f"{directory} needs {total / 1e9:.1f} GB of disk, where {free / 1e9:.1f} GB are free: "
+                "name another directory, or fewer layers or experts"
+            )
+        progress(0, total)
+        weight_map = _write_shards(directory, shards, seed, _Count(sizes, progress))
+        written = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        make_tokenizer(config["vocab_size"]).save_pretrained(directory)
+        _write_json(directory / INDEX, {"metadata": {"total_size": written, "weights": RANDOM}, "weight_map": weight_map})
+        # Last: a directory with a config.json is a complete checkpoint.
+        _write_json(directory / "config.json", config)
+    return written
+
+
+@contextmanager
+def _incomplete(directory: Path) -> Iterator[None]:
+    """Makes the directory, marked as incomplete until the end; what goes wrong empties it again, or removes it."""
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: name a new directory")
+    made, marker = not directory.exists(), directory / _INCOMPLETE
+    if not made and not marker.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty: name a new directory, or remove it first")
+    directory.mkdir(parents=True, exist_ok=True)
+    with marker.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{directory} is being written by another make-checkpoint: name a new directory") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            _empty(directory)
+            yield
+        except BaseException:
+            if made:
+                shutil.rmtree(directory)
+            else:
+                _empty(directory)
+                marker.unlink()
+            raise
+        marker.unlink()
+
+
+def _empty(directory: Path) -> None:
+    """Removes all but the marker."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _INCOMPLETE:
+            path.unlink()
+
+
+class _Count:
+    """Sums up the sizes of what is done, by threads."""
+
+    def __init__(self, sizes: dict[str, int], progress: Callable[[int, int], None]) -> None:
+        self._sizes, self._total, self._progress = sizes, sum(sizes.values()), progress
+        self._done, self._lock = 0, threading.Lock()
+
+    def add(self, name: str) -> None:
+        with self._lock:
+            self._done += self._sizes[name]
+            self._progress(self._done, self._total)
+
+
+def _write_shards(directory: Path, shards: list[list[Tensor]], seed: int, count: _Count) -> dict[str, str]:
+    """Draws and writes all tensors, a file for each shard; the file of each."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stopped = threading.Event()
 
     def write(index: int) -> dict[str, str]:
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {tensor.name: fill(tensor, seed) for tensor in shards[index]}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        tensors = {}
+        for tensor in shards[index]:
+            if stopped.is_set():
+                return {}
+            tensors[tensor.name] = fill(tensor, seed)
+            count.add(tensor.name)
+        if stopped.is_set():
+            return {}
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{directory / file} cannot be written: {error}") from error
         return dict.fromkeys(tensors, file)
 
     weight_map: dict[str, str] = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
         for files in pool.map(write, range(len(shards))):
             weight_map.update(files)
-    total = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-    make_tokenizer(config["vocab_size"]).save_pretrained(directory)
-    metadata = {"total_size": total, "weights": RANDOM}
-    _write_json(directory / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    # Last: a directory with a config.json is a complete checkpoint.
-    _write_json(directory / "config.json", config)
-    return total
+    except BaseException as error:
+        stopped.set()
+        # After a Ctrl-C nobody waits for a file of gigabytes.
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+    pool.shutdown()
+    return weight_map
 
 
 def has_random_weights(model: Path) -> bool:
@@ -166,20 +284,37 @@ def add_parser(subparsers: Any) -> None:
         description="Writes config, tokenizer and random weights of a DSA model with few layers and the shapes "
         "of one tensor-parallel rank (of 8), MTP layer included. Needs an installed vLLM's libraries, no GPU, no network.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write; created, must be empty")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to write; created if need be, must be empty")
     released = "; ".join(f"{name}: {architecture.released}" for name, architecture in ARCHITECTURES.items())
     parser.add_argument("--arch", choices=ARCHITECTURES, default="v32", help=f"{released} (default: v32)")
-    parser.add_argument("--layers", type=int, default=4, help="layers besides the MTP layer (default: 4)")
-    parser.add_argument("--experts", type=int, default=32, help="routed experts a layer, 16 to 256 (default: 32)")
+    parser.add_argument("--layers", type=int, default=4, help=f"layers besides the MTP layer, {_LAYERS} (default: 4)")
+    parser.add_argument("--experts", type=int, default=32, help=f"routed experts a layer, {_EXPERTS} (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     parser.set_defaults(func=_run)
 
 
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """What `make_checkpoint` calls: a bar with sizes and the time left on stderr; without a terminal, a line."""
+    console = Console(stderr=True, highlight=False)
+    columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not done and not console.is_terminal:
+                console.print(f"writing {total / 1e9:.1f} GB", soft_wrap=True)
+
+        yield show
+
+
 def _run(args: argparse.Namespace) -> int:
     try:
-        total = make_checkpoint(args.directory, args.arch, args.layers, args.experts, args.seed)
+        with progress_bar() as show:
+            total = make_checkpoint(args.directory, args.arch, args.layers, args.experts, args.seed, show)
     except (ValueError, OSError, ImportError) as error:
-        print(f"make-checkpoint: {error}", file=sys.stderr)
+        print(f"vllm-mqa-sm90 make-checkpoint: {error}", file=sys.stderr)
         return 2
     print(f"{args.directory}: {args.arch}, {args.layers} layers and an MTP layer, {args.experts} experts, {total / 1e9:.1f} GB")
     return 0

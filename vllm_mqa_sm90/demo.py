@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -17,18 +17,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import HEAD_DIM, checkpoint, reference
+from vllm_mqa_sm90 import checkpoint, machine
 from vllm_mqa_sm90.metrics import Drafts
-from vllm_mqa_sm90.ops import TOKEN_BYTES
-from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, speculative_config, vllm_serve
+from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, seconds, speculative_config, vllm_serve
+from vllm_mqa_sm90.sizes import HEAD_DIM, TOKEN_BYTES
+
+if TYPE_CHECKING:  # seconds that a command's help need not wait
+    import torch
 
 SPECULATIVE_TOKENS = 2
 MODEL = "demo"
@@ -72,9 +74,9 @@ def run_on_gpu(console: Console, directory: Path | None, timeout: float, argumen
         if (model / "config.json").is_file():
             console.print(f"checkpoint: {model}, as it is")
         else:
-            with waiting(console, "writing the checkpoint"):
-                start = time.monotonic()
-                size = checkpoint.make_checkpoint(model)
+            start = time.monotonic()
+            with checkpoint.progress_bar() as show:
+                size = checkpoint.make_checkpoint(model, progress=show)
             console.print(f"checkpoint: {model}, {size / 1e9:.1f} GB in {time.monotonic() - start:.0f} s")
 
         port = free_port()
@@ -92,19 +94,38 @@ def run_on_gpu(console: Console, directory: Path | None, timeout: float, argumen
         # VLLM_SERVER_DEV_MODE opens /collective_rpc, over which the workers say what ran.
         env = environment(scratch, MQA_SM90="require", VLLM_SERVER_DEV_MODE="1")
         console.print("MQA_SM90=require vllm serve " + shlex.join(command[4:]), style="dim", markup=False, soft_wrap=True)
-        with Server(command, port, scratch / "server.log", env) as server:
+        # The threads outside: when the server is stopped, what they ask ends.
+        with _kept_on_error() as log, ThreadPoolExecutor(8) as pool, Server(command, port, log, env) as server:
             with waiting(console, "starting vllm serve, which takes minutes") as progress:
-                seconds = server.wait_ready(timeout, progress)
-            console.print(f"server ready at {server.url} after {seconds:.0f} s")
+                took = server.wait_ready(timeout, progress)
+            console.print(f"server ready at {server.url} after {took:.0f} s")
             before = _report(server)
-            _ask(console, server)
+            _ask(console, server, pool)
             complete = _prove(console, before, _report(server), Drafts.read(server.get("/metrics")).rates)
         console.print("server stopped")
     return 0 if complete else 1
 
 
-def _ask(console: Console, server: Server) -> None:
+@contextmanager
+def _kept_on_error() -> Iterator[Path]:
+    """A file for the server's log, outside the temporary folder: it stays if the server fails, whose error names it."""
+    handle, name = tempfile.mkstemp(prefix="mqa-sm90-demo-", suffix=".log")
+    os.close(handle)
+    log = Path(name)
+    try:
+        yield log
+    except ServerError:
+        raise
+    except BaseException:
+        log.unlink()
+        raise
+    log.unlink()
+
+
+def _ask(console: Console, server: Server, pool: ThreadPoolExecutor) -> None:
     """The requests: a plain completion, a streamed chat, a long context, and several at once."""
+    import torch
+
     options = {"model": MODEL, "temperature": 0, "ignore_eos": True}
 
     def complete(prompt: str | list[int], tokens: int) -> dict[str, Any]:
@@ -132,8 +153,7 @@ def _ask(console: Console, server: Server) -> None:
     prompts = [torch.randint(100, 16000, (length,), generator=generator).tolist() for length in (6000, *[500] * 8)]
     answer = complete(prompts[0], 32)
     show("after 6000 tokens, of which the indexer keeps 2048", answer["choices"][0]["text"], answer["usage"]["completion_tokens"])
-    with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda prompt: complete(prompt, 64), prompts[1:]))
+    answers = list(pool.map(lambda prompt: complete(prompt, 64), prompts[1:]))
     console.print(f"[bold]8 requests at once:[/] {sum(each['usage']['completion_tokens'] for each in answers)} tokens")
 
 
@@ -168,6 +188,10 @@ def _prove(console: Console, before: dict[str, Any], after: dict[str, Any], acce
 
 def run_on_cpu(console: Console, num_sms: int = H100_SMS) -> int:
     """The kernel's schedule, walked tile by tile on a small paged cache, against the reference. 0: they agree."""
+    import torch
+
+    from vllm_mqa_sm90 import reference
+
     next_n, heads = SPECULATIVE_TOKENS + 1, 64
     q, kv_cache, weights, context_lens, block_table = _random_step(groups=16, next_n=next_n, heads=heads)
     longest = int(context_lens.max())
@@ -175,7 +199,7 @@ def run_on_cpu(console: Console, num_sms: int = H100_SMS) -> int:
 
     plan = vllm_mqa_sm90.plan(context_lens, num_sms=num_sms)
     visits = torch.empty((int(plan[1:, 2].sum()), 5), dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, visits)
+    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, None, visits)
     logits = torch.full((len(context_lens) * next_n, -(-longest // TILE) * TILE), float("nan"))
     for _, first_row, count, request, tile in visits.tolist():
         keys, scales = reference.split_pages(kv_cache[block_table[request, tile]].unsqueeze(0))
@@ -208,6 +232,8 @@ def _range(lengths: torch.Tensor) -> str:
 
 def _random_step(groups: int, next_n: int, heads: int) -> tuple[torch.Tensor, ...]:
     """A decode step over shuffled pages of 64 tokens: q, kv_cache, weights, context_lens, block_table."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     last = torch.randint(1, 16384, (groups, 1), generator=generator).clamp(min=next_n)
     context_lens = (last - next_n + 1 + torch.arange(next_n)).int()
@@ -225,27 +251,47 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="serve a small model with the plugin, ask it, and show what ran",
+        usage="%(prog)s [options] [-- VLLM_ARGUMENT ...]",
         description="Makes a checkpoint, starts vllm serve with the plugin and two MTP tokens, sends requests, and shows "
-        "what ran on our kernel. Without an SM90 GPU: the kernel's schedule against the reference, on the CPU.",
+        "what ran on our kernel. Without an SM90 GPU: the kernel's schedule against the reference, on the CPU. What follows "
+        "-- goes to vllm serve.",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="use this checkpoint, made there if missing (default: a temporary one)")
-    parser.add_argument("--timeout", type=float, default=1200, metavar="SECONDS", help="for the server's start (default: 1200)")
-    parser.add_argument("vllm_arguments", nargs="*", metavar="-- VLLM_ARGUMENT", help="more arguments of vllm serve, after --")
-    parser.set_defaults(func=_run)
+    parser.add_argument("--timeout", type=seconds, default=1200, metavar="SECONDS", help="for the server's start (default: 1200)")
+    parser.set_defaults(func=_run, vllm_arguments=[])
 
 
 def _run(args: argparse.Namespace) -> int:
+    import torch
+
     console = Console(highlight=False)
-    # A stop from outside is a Ctrl-C: the server stops with us.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        if unseen := _unseen_gpu():
+            console.print(escape(unseen), style="red", soft_wrap=True)
+            return 1
         console.print("no GPU of compute capability 9.0 (H100, H200): checking the kernel's schedule on the CPU", soft_wrap=True)
         return run_on_cpu(console)
     try:
         return run_on_gpu(console, args.checkpoint, args.timeout, args.vllm_arguments)
-    except ServerError as error:
+    except (ServerError, OSError, ImportError) as error:  # of the server; of the checkpoint
         console.print(escape(str(error)), style="red", soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the server is stopped", file=sys.stderr)
-        return 130
+
+
+def _unseen_gpu() -> str | None:
+    """Why PyTorch does not use the GPU that nvidia-smi lists, as far as can be told; None: it lists none for us."""
+    import torch
+
+    gpu = next((gpu["name"] for gpu in machine.gpus() if gpu["compute_cap"] == "9.0"), None)
+    if gpu is None:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available():
+        why = f"uses {torch.cuda.get_device_name()}: choose with CUDA_VISIBLE_DEVICES"
+    elif torch.version.cuda is None:
+        why = "does not see it, as it was built without CUDA: install one with it"
+    elif visible is not None:
+        why = f"does not see it; CUDA_VISIBLE_DEVICES is {visible!r}: name the GPU in it, or unset it"
+    else:
+        why = f"does not see it; is the driver for CUDA {torch.version.cuda}? python -c 'import torch; torch.zeros(1).cuda()' says more"
+    return f"nvidia-smi lists {gpu}, but PyTorch {torch.__version__} {why}"

@@ -12,16 +12,7 @@ from pathlib import Path
 
 import torch
 
-HEAD_DIM = 128
-"""Elements of one query head, and of the one key head: float8_e4m3fn, so also bytes."""
-TOKEN_BYTES = HEAD_DIM + 4
-"""A cached token: its key and its float32 scale."""
-HEADS = (16, 32, 64)
-"""Numbers of query heads that the kernel is compiled for."""
-PAGE_SIZES = (32, 64)
-"""Tokens per page of the KV cache."""
-MAX_NEXT_N = 8
-"""Most query rows of one group: those of a request in a uniform step."""
+from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, PAGE_SIZES, TOKEN_BYTES  # noqa: F401: others have them from here
 
 UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
 """What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/shared/params.h."""
@@ -35,7 +26,6 @@ _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 _loaded = False
 
 
-@torch.compiler.assume_constant_result
 def _load() -> None:
     """Registers the ops, once; raises RuntimeError where the library was not built."""
     global _loaded  # not functools.cache, which torch.compile would trace past
@@ -51,6 +41,10 @@ def _load() -> None:
     for op in "row_lens", "plan", "plan_ragged", "paged_mqa_logits":
         torch.library.register_fake(f"vllm_mqa_sm90::{op}", lambda *_: None)
     _loaded = True
+
+
+# What torch.compiler.assume_constant_result does, but for importing torch._dynamo: seconds, before anything is compiled.
+_load._dynamo_marked_constant = True
 
 
 def plan_shape(num_sms: int, rows: int | None = None) -> tuple[int, int]:
@@ -71,6 +65,20 @@ def is_ragged(plan: torch.Tensor) -> bool:
     return plan.shape[1] == RAGGED_PLAN_COLUMNS
 
 
+def check_tensors(*named: tuple[str, object], optional: bool = False) -> None:
+    """TypeError for the first of (name, argument) that is no tensor; `optional`: nor None."""
+    for name, given in named:
+        if not isinstance(given, torch.Tensor) and not (optional and given is None):
+            raise TypeError(f"vllm_mqa_sm90: {name}: expected a tensor, given {type(given).__name__}")
+
+
+def check_ints(*named: tuple[str, object], optional: bool = False) -> None:
+    """As `check_tensors`, for ints."""
+    for name, given in named:
+        if not isinstance(given, (int, torch.SymInt)) and not (optional and given is None):
+            raise TypeError(f"vllm_mqa_sm90: {name}: expected an int, given {type(given).__name__}")
+
+
 def check_kv_cache(kv_cache: torch.Tensor) -> None:
     """Whether `paged_mqa_logits` takes this cache, asked without a launch.
 
@@ -78,8 +86,10 @@ def check_kv_cache(kv_cache: torch.Tensor) -> None:
         kv_cache: as there; on any device.
 
     Raises:
+        TypeError: it is no tensor.
         RuntimeError: it does not: a wrong dtype, shape, stride or alignment, named.
     """
+    check_tensors(("kv_cache", kv_cache))
     _load()
     torch.ops.vllm_mqa_sm90.check_kv_cache(kv_cache)
 
@@ -102,8 +112,10 @@ def row_context_lens(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, *, o
         `out`.
 
     Raises:
+        TypeError: an argument that is no tensor: named.
         RuntimeError: a wrong dtype, device, shape or stride: named.
     """
+    check_tensors(("seq_lens", seq_lens), ("query_start_loc", query_start_loc), ("out", out))
     _load()
     torch.ops.vllm_mqa_sm90.row_lens(seq_lens, query_start_loc, out)
     return out
@@ -152,12 +164,16 @@ def plan(
         row, rows, request, 0}` where a group starts, else zeros.
 
     Raises:
+        TypeError: an argument that is no tensor, or no int: named.
         ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`;
             `max_rows` is given for a uniform step.
         RuntimeError: a wrong dtype, device, shape, stride or `max_rows`, both `indices` and
             `query_start_loc`: named. 2^31 tiles or more a CTA: on the CPU; on a GPU the launch stops
             with an error.
     """
+    check_tensors(("context_lens", context_lens))
+    check_tensors(("indices", indices), ("query_start_loc", query_start_loc), ("out", out), optional=True)
+    check_ints(("max_rows", max_rows), ("num_sms", num_sms), optional=True)
     _load()
     ragged = indices is not None or query_start_loc is not None
     if max_rows is not None and not ragged:
@@ -241,9 +257,17 @@ def paged_mqa_logits(
         `out`, or a new tensor like it, with rows a multiple of 64 columns apart. T = 0 is a no-op.
 
     Raises:
+        TypeError: an argument that is no tensor, or no int: named.
         RuntimeError: a wrong dtype, device, shape, stride, alignment, head count, page size,
             next_n or max_rows, a block table with too few rows, a negative length limit, another GPU: named.
     """
+    check_tensors(
+        ("q", q), ("kv_cache", kv_cache), ("weights", weights), ("context_lens", context_lens),
+        ("block_table", block_table), ("plan", plan),
+    )  # fmt: skip
+    check_tensors(("out", out), optional=True)
+    check_ints(("max_context_len", max_context_len))
+    check_ints(("max_rows", max_rows), optional=True)
     _load()
     if out is None:
         columns = max(max_context_len, 0)

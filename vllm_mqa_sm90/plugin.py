@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point that vLLM calls in each of its processes, in any number and order, before models load."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -9,24 +10,57 @@ from vllm_mqa_sm90 import backend, machine, ops, seams
 
 
 def problems() -> Iterator[str]:
-    """Why this process does not take over, cheapest checks first. Leaves CUDA uninitialised.
+    """Why this process does not take over, all reasons, cheapest checks first. Leaves CUDA uninitialised."""
+    for check in (release_problem, gpu_problem, library_problem, seams_problem):
+        if (problem := check()) is not None:
+            yield problem
 
-    Each check presumes those before it: the first answer counts, later ones may not come.
-    """
+
+def _check(ask: Callable[[], str | None]) -> Callable[[], str | None]:
+    """Whatever asking may raise, of an unknown release of vLLM, is a problem, too."""
+
+    @functools.wraps(ask)
+    def problem() -> str | None:
+        try:
+            return ask()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    return problem
+
+
+@_check
+def release_problem() -> str | None:
+    """Why the installed vLLM's release is none that this version is for; None: it is."""
     release = seams.release()
+    if release is not None and seams.OLDEST <= release <= seams.NEWEST:
+        return None
     supported = f"{'.'.join(map(str, seams.OLDEST))} to {'.'.join(map(str, seams.NEWEST))}"
-    if release is None or not seams.OLDEST <= release <= seams.NEWEST:
-        yield f"vLLM is {seams.vllm_version()}; this version is for {supported}"
-    if (problem := seams.hopper_problem()) is not None:
-        yield problem
+    return f"vLLM is {seams.vllm_version()}; this version is for {supported}"
+
+
+@_check
+def gpu_problem() -> str | None:
+    """Why the GPU, as vLLM sees it, is none for the kernel; None: it is."""
+    return seams.hopper_problem()
+
+
+def library_problem() -> str | None:
+    """Why the compiled library cannot be used; None: it can. Needs no vLLM."""
     try:
         ops.plan(torch.zeros(1, 1, dtype=torch.int32), num_sms=1)
     except Exception as error:
-        yield f"the compiled library does not load: {error}"
-    if release is not None:
-        mismatches = [problem for seam in seams.applying(release) if (problem := seam.problem())]
-        if mismatches:
-            yield "vLLM differs from what this version knows: " + "; ".join(mismatches)
+        return f"the compiled library does not load: {error}"
+    return None
+
+
+@_check
+def seams_problem() -> str | None:
+    """How vLLM differs from what this version knows; None: it does not."""
+    release = seams.release()
+    found = [seam.problem() for seam in seams.applying(release)] if release else []
+    mismatches = list(dict.fromkeys(filter(None, found)))
+    return "vLLM differs from what this version knows: " + "; ".join(mismatches) if mismatches else None
 
 
 def register() -> None:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
-import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,14 +25,35 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from vllm_mqa_sm90 import machine
+
 CLI = "vllm.entrypoints.cli.main"  # the command `vllm`: its main() runs what sys.argv says
 TAIL_LINES = 30
+_INTERRUPTED_GRACE = 0.3  # seconds
 
 _Self = TypeVar("_Self", bound="Process")
 
 
 class ServerError(Exception):
-    """A process of vLLM's did not start, died, or refused a request; the message has its log's first error and tail."""
+    """A process of vLLM's did not start, died, or refused a request.
+
+    The message is one line with the path of the process's log, then the log's first error and its tail.
+    """
+
+    def __init__(self, what: str, log: Path | None = None, details: str = "") -> None:
+        super().__init__(f"{what}\n{details}" if details else what)
+        self.what, self.log = what, log
+
+
+def seconds(text: str) -> float:
+    """A timeout, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, given {text!r}")
+    return value
 
 
 def free_port() -> int:
@@ -72,13 +94,11 @@ def environment(scratch: Path, **variables: str) -> dict[str, str]:
     env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     # FlashInfer's sampler is compiled at the first start; PyTorch's serves as well here.
     env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    wheels = importlib.util.find_spec("nvidia")
-    if "CUDA_HOME" not in env and shutil.which("nvcc") is None and wheels is not None:
-        for toolkit in (Path(folder, "cu13") for folder in wheels.submodule_search_locations or ()):
-            if (toolkit / "bin" / "nvcc").is_file():
-                env["CUDA_HOME"] = str(toolkit)
-                # The wheels' nvcc is newer than the headers beside it, which CCCL refuses by default.
-                env["NVCC_PREPEND_FLAGS"] = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"
+    toolkit = machine.wheels_toolkit()
+    if "CUDA_HOME" not in env and shutil.which("nvcc") is None and toolkit is not None:
+        env["CUDA_HOME"] = str(toolkit)
+        # The wheels' nvcc is newer than the headers beside it, which CCCL refuses by default.
+        env["NVCC_PREPEND_FLAGS"] = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"
     return env | variables
 
 
@@ -102,7 +122,8 @@ def start(
 class Process:
     """A process that `start` started, or one like it, with everything that it starts, as a context manager.
 
-    Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds.
+    Leaving the context stops the whole process group: SIGINT first, SIGKILL after `grace` seconds, after a Ctrl-C
+    of ours soon.
     """
 
     def __init__(self, process: Any, log: Path, *, grace: float = 30.0):
@@ -114,7 +135,8 @@ class Process:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        # After a Ctrl-C somebody waits.
+        self.stop(min(self._grace, _INTERRUPTED_GRACE) if isinstance(error, KeyboardInterrupt) else self._grace)
 
     @property
     def pid(self) -> int:
@@ -138,14 +160,14 @@ class Process:
                 return
         raise self._error(f"it was not done after {timeout:.0f} s")
 
-    def stop(self) -> None:
-        """Stops the process group. Harmless when it is already gone."""
+    def stop(self, grace: float) -> None:
+        """Stops the process group, by SIGKILL after `grace` seconds. Harmless when it is already gone."""
         try:
             if self._process.poll() is None:
                 # vLLM's front end ends its engine on SIGINT; signalling both at once would make them race.
                 self._process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self._grace)
+                    self._process.wait(grace)
         finally:  # also on a second Ctrl-C
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -184,10 +206,11 @@ class Process:
 
     def _error(self, what: str) -> ServerError:
         tail, cause = self._tail(TAIL_LINES), self._cause()
-        parts = [(f"{what}; its log ends with", tail)]
+        parts = [("the log ends with", tail)]
         if cause and not any(line.endswith(cause[0]) for line in tail):
-            parts = [(f"{what}; the first error in its log is", cause), ("and it ends with", tail)]
-        return ServerError("\n".join("\n  ".join([title, *lines]) for title, lines in parts))
+            parts = [("the first error in the log is", cause), ("and it ends with", tail)]
+        details = "\n".join("\n  ".join([title, *lines]) for title, lines in parts)
+        return ServerError(f"{what}; its log is {self._log}", self._log, details)
 
 
 class Server(Process):
@@ -254,7 +277,7 @@ class Server(Process):
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 yield response
         except urllib.error.HTTPError as error:
-            detail = error.read().decode(errors="replace")
+            detail = " ".join(error.read().decode(errors="replace").split())
             raise self._error(f"{request.full_url} answered {error.code} {detail}") from error
         except (OSError, http.client.HTTPException) as error:
             raise self._error(f"{request.full_url} did not answer: {error}") from error

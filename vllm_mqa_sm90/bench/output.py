@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks do alike with their reports."""
+"""What the benchmarks do alike with their reports, and where these go."""
 
+import argparse
 import importlib
 import shlex
 import sys
@@ -11,6 +12,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+
+def directory(text: str) -> Path:
+    """A folder to write to, for argparse."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, given the file {text}")
+    return path
 
 
 def now() -> str:

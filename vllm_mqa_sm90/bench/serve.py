@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import re
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ from vllm_mqa_sm90.bench.serve_kept import Job, Kept
 from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, profile_table, table
 from vllm_mqa_sm90.bench.serve_run import Run
 from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.server import seconds
 
 _DEFAULT_KS = (0, 1, 2)
 _MAX_K = 3  # plots have a colour for each
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "goes to vllm serve, such as --tensor-parallel-size 8. Exit status: 0 all measured, 1 no GPU of compute "
         "capability 9.0 or something failed, 2 wrong usage.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="name or folder of a DSA model; what make-checkpoint wrote")
+    parser.add_argument("model", type=_model, metavar="MODEL", help="name or folder of a DSA model; what make-checkpoint wrote")
     parser.add_argument(
         "-k",
         type=_ks,
@@ -73,14 +74,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--fresh", action="store_true", help="measure again what --output has")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output.directory,
         default=_DEFAULT_OUTPUT,
         metavar="DIR",
         help="for results, logs, caches, serve.json and plots (default: %(default)s)",
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=_DEFAULT_TIMEOUT,
         metavar="SECONDS",
         help="for the start of a server, and for each run of the client (default: %(default).0f)",
@@ -90,6 +91,18 @@ def add_parser(subparsers: Any) -> None:
 
 def _joined(values: Sequence[Any]) -> str:
     return ",".join(map(str, values))
+
+
+def _model(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise argparse.ArgumentTypeError(f"expected a folder with a config.json, {text} has none")
+    elif path.parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"expected a folder, or a name of the form ORG/NAME, found no folder {text} (make-checkpoint makes one)"
+        )
+    return path
 
 
 def _ks(text: str) -> tuple[int, ...]:
@@ -118,8 +131,12 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """0: all measured; 1: not measurable here, or something failed; 2: wrong usage; 130: interrupted."""
-    # A stop from outside is a Ctrl-C: the server stops with us.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    chosen = tuple(dict.fromkeys(args.workload or (workloads.QUICK if args.quick else workloads.DEFAULT)))
+    acceptance = args.acceptance
+    if acceptance is None and checkpoint.has_random_weights(args.model):
+        acceptance = checkpoint.ACCEPTANCE_RATES
+    if problem := _wrong_usage(args, chosen, acceptance):
+        return _stop(problem, status=2)
     gpus = [gpu for gpu in machine.gpus() if gpu["compute_cap"] == "9.0"]
     if not gpus:
         return _stop("needs a GPU of compute capability 9.0 (H100, H200, GH200), and nvidia-smi lists none")
@@ -128,11 +145,7 @@ def run(args: argparse.Namespace) -> int:
         versions |= {package: importlib.metadata.version(package) for package in ("vllm", "torch")}
     except importlib.metadata.PackageNotFoundError as error:
         return _stop(f"needs vLLM in this Python, and finds no {error.name}: pip install 'vllm-mqa-sm90[serve]'")
-    chosen = tuple(dict.fromkeys(args.workload or (workloads.QUICK if args.quick else workloads.DEFAULT)))
-    acceptance = args.acceptance
-    if acceptance is None and checkpoint.has_random_weights(args.model):
-        acceptance = checkpoint.ACCEPTANCE_RATES
-    if problem := _wrong_usage(args, chosen, acceptance):
+    if problem := next(filter(None, (workload.missing() for workload in chosen)), None):
         return _stop(problem, status=2)
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -179,7 +192,7 @@ def _wrong_usage(args: argparse.Namespace, chosen: Sequence[Workload], acceptanc
             return f"{name}: expected only what bench serve does not set itself after --, given {word}: leave it out"
     if args.profile and not any(workload.cached for workload in chosen):
         return "--profile: expected a :cached workload, which does nothing but decode, given none: add one with --workload"
-    return next(filter(None, (workload.missing() for workload in chosen)), None)
+    return None
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -17,7 +17,7 @@ from vllm_mqa_sm90.bench.workloads import Workload
 from vllm_mqa_sm90.server import speculative_config
 
 # What decides how the plugin's steps run; the rest of the package measures and reports.
-_PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py")
+_PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py")
 
 
 @dataclass(frozen=True)

@@ -254,10 +254,10 @@ def _ratio(value: float | None) -> str:
 
 
 def notes(report: Report) -> list[str]:
-    """How far apart the runs were, and the failures."""
+    """How far apart the runs were, and the failures, a line each: the ends of the logs were shown when they came."""
     found = []
     if repeated := [each for each in report.measurements if len(each.runs) > 1]:
         widest = max(repeated, key=lambda each: each.spread)
         at = f"{widest.workload}, {Configuration(widest.side, widest.k)}"
         found.append(f"cached prompts: the middle of {len(widest.runs)} runs, at most {widest.spread:.1%} apart ({at})")
-    return found + [f"{what} failed: {why}" for what, why in report.failures.items()]
+    return found + [f"{what} failed: {why.splitlines()[0]}" for what, why in report.failures.items()]

@@ -105,8 +105,12 @@ class Run:
                     find_out = self._profile if job.profiled else self._measure
                     result = find_out(job, running, clients)
                 except Exception as error:  # whatever it is, the others are still worth measuring
+                    died = _died(running)
+                    if died is not None and isinstance(error, ServerError) and error.log == died.log:
+                        error = ServerError(error.what)  # the end of its log comes once
                     self._fail(str(job), error)
-                    running.get("/health")  # a server that died is not asked again
+                    if died is not None:  # it is not asked again
+                        raise died from error
                     continue
                 self._kept.save(job, result)
                 self._results[job] = result
@@ -201,6 +205,14 @@ class Run:
         self._report.measurements = [each for each in self._results.values() if isinstance(each, Measurement)]
         self._report.profiles = [each for each in self._results.values() if isinstance(each, Profiled)]
         self._report.write(self._output / "serve.json")
+
+
+def _died(running: Server) -> ServerError | None:
+    try:
+        running.get("/health")
+    except ServerError as error:
+        return error
+    return None
 
 
 def _in_short(result: Measurement | Profiled) -> str:

@@ -1,64 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode steps to be timed: their shapes, the bytes they must move, and their tensors."""
+"""The decode steps to be timed: the bytes they must move, and their tensors."""
 
 import itertools
-import re
 from dataclasses import dataclass
 
 import torch
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, reference
-from vllm_mqa_sm90.ops import TOKEN_BYTES
+from vllm_mqa_sm90.bench.shapes import SEED, Shape
+from vllm_mqa_sm90.sizes import TOKEN_BYTES
 
 COLD_BYTES = 300_000_000
 """Pages that calls in turn read before any is read again: six times the 50 MB of L2 of an H100 or H200."""
 
-_RAGGED = (0.3, 1.7)  # shares of the nominal context
-_SEED = 0
 _PAGES_AT_ONCE = 8192  # made at once, so that their float32 values take at most 256 MB
 _CHECKED_REQUESTS = 8
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Requests of a step, the tokens each sees, and its query rows.
-
-    Attributes:
-        ragged: contexts are 0.3 to 1.7 times `context`; else all have that.
-        mixed: requests bring 1 to next_n rows, and the step is a ragged one; else all bring next_n.
-    """
-
-    batch: int
-    context: int
-    ragged: bool = False
-    mixed: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """From `BxL`, and `:ragged` and `:mixed` after it; ValueError for anything else."""
-        match = re.fullmatch(r"(\d+)x(\d+)(:ragged)?(:mixed)?", text, re.ASCII)
-        if match is None or not int(match[1]) or not int(match[2]):
-            raise ValueError(f"expected BATCHxCONTEXT[:ragged][:mixed], both at least 1, given {text!r}")
-        return cls(int(match[1]), int(match[2]), match[3] is not None, match[4] is not None)
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.context}{':ragged' if self.ragged else ''}{':mixed' if self.mixed else ''}"
-
-    def contexts(self) -> list[int]:
-        """Tokens that the last row of each request sees: the same in every run and for every next_n."""
-        if not self.ragged:
-            return [self.context] * self.batch
-        low, high = _RAGGED
-        shares = torch.rand(self.batch, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
-        return [max(1, int(self.context * (low + (high - low) * share))) for share in shares.tolist()]
-
-    def rows(self, next_n: int) -> list[int]:
-        """Query rows of each request: the same in every run."""
-        if not self.mixed:
-            return [next_n] * self.batch
-        generator = torch.Generator().manual_seed(_SEED)
-        return torch.randint(1, next_n + 1, (self.batch,), generator=generator).tolist()
 
 
 def row_lengths(contexts: list[int], rows: list[int]) -> list[list[int]]:
@@ -143,7 +100,7 @@ class Step:
 
 def make_step(shape: Shape, next_n: int, heads: int, page: int, device: torch.device) -> Step:
     """A step of random values on `device`. A shape's contexts, pages and block tables are the same for every next_n."""
-    generator = torch.Generator(device).manual_seed(_SEED)
+    generator = torch.Generator(device).manual_seed(SEED)
     contexts = shape.contexts()
     needed = [-(-context // page) for context in contexts]
     pages = sum(needed)
