@@ -154,6 +154,7 @@ def make_site(site: Path, torch: str = "2.11.0") -> Path:
     """Installed packages as a build finds them, new as in each isolated build of pip's."""
     for name, text in {
         "torch/version.py": f"__version__ = '{torch}'\n",
+        "torch/include/torch/headeronly/version.h": f'#define TORCH_VERSION "{torch}"\n',
         "cutlass_library/source/include/cute/tensor.hpp": "",
         "cutlass_library/source/include/cutlass/version.h": "#define CUTLASS_MAJOR 4\n",
         "nvidia/cu13/bin/nvcc": NVCC,
@@ -181,7 +182,8 @@ def test_nothing_is_compiled_again_unless_something_changed(tmp_path: Path) -> N
     for name in "sh", "cat":
         (tools / name).symlink_to(shutil.which(name))
     (tools / "ninja").symlink_to(ninja)
-    (tools / "g++").touch(0o755)
+    (tools / "g++").write_text('#!/bin/sh\nfor word in "$@"; do out=$word; done; : >"$out"\n')
+    (tools / "g++").chmod(0o755)
     interface = tmp_path / "build" / "hatchling" / "builders" / "hooks" / "plugin" / "interface.py"
     interface.parent.mkdir(parents=True)
     interface.write_text("class BuildHookInterface: pass\n")
@@ -201,11 +203,11 @@ def test_nothing_is_compiled_again_unless_something_changed(tmp_path: Path) -> N
         return len(log.read_text().splitlines())
 
     everything = compiled(make_site(tmp_path / "first"))
-    assert everything == len(list(sources.glob("*.cu"))) + 2  # the bindings and the library
+    assert everything == len(list(sources.glob("*/*.cu"))) + 2  # the bindings and the library
     shutil.rmtree(tmp_path / "first")
     assert compiled(make_site(tmp_path / "second")) == 0
     assert compiled(make_site(tmp_path / "third", torch="2.12.0")) == everything
-    (sources / "plan.cu").touch()
+    (sources / "plan" / "plan.cu").touch()
     assert compiled(tmp_path / "third") == 2
-    (sources / "params.h").touch()
+    (sources / "shared" / "params.h").touch()
     assert compiled(tmp_path / "third") == everything
