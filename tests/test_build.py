@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was built: its machine code, the symbols that it needs, and what the build says when it can't."""
 
+import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
+import types
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import auditwheel
 import pytest
+import torch
 
 from vllm_mqa_sm90 import HEADS, ops
 
@@ -211,3 +219,115 @@ def test_nothing_is_compiled_again_unless_something_changed(tmp_path: Path) -> N
     assert compiled(tmp_path / "third") == 2
     (sources / "shared" / "params.h").touch()
     assert compiled(tmp_path / "third") == everything
+
+
+def load_build() -> types.ModuleType:
+    """csrc/build.py, with a stand-in for hatchling."""
+    interface = types.ModuleType("hatchling.builders.hooks.plugin.interface")
+    interface.BuildHookInterface = object
+    parents = ("hatchling", "hatchling.builders", "hatchling.builders.hooks", "hatchling.builders.hooks.plugin")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in parents:
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, interface.__name__, interface)
+        spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_the_platform_is_the_one_that_auditwheel_finds(tmp_path: Path) -> None:
+    info = "vllm_mqa_sm90-0.dist-info"
+    wheel = tmp_path / "vllm_mqa_sm90-0-py3-none-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(ops._LIBRARY, "vllm_mqa_sm90/_C.abi3.so")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: vllm-mqa-sm90\nVersion: 0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: py3-none-linux_x86_64\n")
+        archive.writestr(f"{info}/RECORD", "vllm_mqa_sm90/_C.abi3.so,,\n")
+    said = output_of(sys.executable, "-m", "auditwheel", "show", wheel)
+    # PyTorch's libraries are not in any policy: what the versions of symbols allow is said apart.
+    (platform,) = re.findall(r"constrains the platform tag to\s+\"(\w+)\"", said)
+    assert load_build().platform_tag(ops._LIBRARY) == platform
+
+
+def test_platforms_have_the_libstdcxx_that_auditwheels_policies_say() -> None:
+    policies = json.loads((Path(auditwheel.__file__).parent / "policy" / "manylinux-policy.json").read_text())
+    newest = {
+        int(policy["name"].split("_")[2]): max(
+            int(version.split(".")[2]) for version in policy["symbol_versions"]["x86_64"]["GLIBCXX"] if version.count(".") > 1
+        )
+        for policy in policies
+        if policy["name"].startswith("manylinux_2_") and "x86_64" in policy["symbol_versions"]
+    }
+    table = load_build()._GLIBCXX_OF_GLIBC
+    assert {glibc: newest[glibc] for glibc in table} == table
+
+
+def test_headers_come_from_one_wheel_and_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a pip that has what it is asked for, and once more by one that fails."""
+    build = load_build()
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    asked = []
+
+    def pip(command: list[str], **options: object) -> SimpleNamespace:
+        asked.append((command[1:], options["env"]))
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1], "torch.whl"), "w") as archive:
+            archive.writestr("torch/include/torch/a.h", "a")
+            archive.writestr("torch/lib/libtorch.so", "large")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://index")
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+    monkeypatch.setattr(build.subprocess, "run", pip)
+    headers = build.fetch_headers(build.TORCH_WHEEL, "torch/include")
+    ((command, env),) = asked
+    assert command[:5] == ["-m", "pip", "download", "-q", "--no-deps"] and command[-1] == "torch==2.11.0"
+    assert env["PIP_INDEX_URL"] == "https://index"
+    assert (headers / "torch" / "a.h").read_text() == "a" and not (headers.parent / "lib").exists()
+    assert [path.name for path in (tmp_path / "build" / "headers").iterdir()] == ["torch-2.11.0"]
+
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: pytest.fail("asked again"))
+    assert build.fetch_headers(build.TORCH_WHEEL, "torch/include") == headers
+
+
+def test_headers_that_cannot_be_had_are_one_error(tmp_path: Path) -> None:
+    tools = make_site(tmp_path / "tools") / "nvidia" / "cu13"
+    for name in "g++", "ninja":
+        (tmp_path / name).touch(0o755)
+    done = run_build(tmp_path, CUDA_HOME=str(tools))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "cannot build: could not download torch==2.11.0" in line and "No module named pip" in line
+    assert "`pip install --no-deps torch==2.11.0`, and build with --no-build-isolation" in line
+    assert not list((tmp_path / "build" / "headers").iterdir())
+
+
+def test_an_isolated_build_needs_pip_where_headers_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = load_build()
+    monkeypatch.setattr(build, "find_nvcc", lambda: (Path("nvcc"), []))
+    hook = build.BuildHook()
+    for headers, needed in (([Path("a"), Path("b")], []), ([Path("a"), None], ["pip"]), ([None, None], ["pip"])):
+        monkeypatch.setattr(build, "find_headers", lambda headers=headers: headers)
+        assert hook.dependencies() == needed
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.11.0"), reason="headers are those of PyTorch 2.11.0")
+def test_fetched_headers_are_those_of_the_installed_pytorch() -> None:
+    """Where a build has fetched them, as tests/run.sh makes it do: the stable ABI's are the same for every platform."""
+    fetched = ROOT / "build" / "headers" / "torch-2.11.0" / "torch" / "include" / "torch"
+    if not fetched.is_dir():
+        pytest.skip("no build has fetched headers here")
+    installed = Path(torch.__file__).parent / "include" / "torch"
+    for part in "headeronly", "csrc/stable", "csrc/inductor/aoti_torch/c":
+        files = [path.relative_to(installed) for path in (installed / part).rglob("*.h")]
+        assert files
+        assert [name for name in files if (fetched / name).read_bytes() != (installed / name).read_bytes()] == []
+
+
+def test_readme_links_nowhere_outside_of_the_repository() -> None:
+    text = (ROOT / "README.md").read_text()
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for substitution in hook["substitutions"]:
+        text = re.sub(substitution["pattern"], substitution["replacement"], text)
+    assert re.findall(r"\]\((?!https?:|#).*?\)", text) == []
+    assert "described in csrc/README.md" in text  # what was a link
