@@ -140,7 +140,7 @@ def test_a_stop_ends_a_command_at_once_without_a_traceback(point: str, sent: sig
     start = time.monotonic()
     running.send_signal(sent)
     out, errors = running.communicate(timeout=30)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3  # a second, and what a busy machine adds
     assert (running.returncode, out) == (130, "") and errors.splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors
 
