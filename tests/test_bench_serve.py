@@ -672,7 +672,7 @@ sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(worl
     start = time.monotonic()
     running.send_signal(sent)
     _, errors = running.communicate(timeout=60)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3  # a second, and what a busy machine adds
     pids = list(map(int, re.findall(r"pid=(\d+)", world.log.read_text())))
     if sent == signal.SIGKILL:  # nobody is left to stop the last server, its child, and the client
         for pid in pids[-8:]:

@@ -413,7 +413,7 @@ def test_interrupted_it_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> 
     start = time.monotonic()
     running.send_signal(sent)
     _, errors = running.communicate(timeout=30)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3  # a second, and what a busy machine adds
     assert running.returncode == 130 and errors.splitlines()[1:] == ["interrupted"]
     assert not (tmp_path / "model").exists()
 

@@ -103,7 +103,10 @@ class Slow:
     def find_spec(self, name, *_):
         if name == "torch":
             print("now", file=sys.__stdout__, flush=True)
-            __import__("time").sleep(60)
+            try:
+                __import__("time").sleep(60)
+            except BaseException:  # as C++ in between, which may also abort
+                __import__("time").sleep(60)
 sys.meta_path.insert(0, Slow())
 """,
     "running": """
@@ -137,7 +140,7 @@ def test_a_stop_ends_a_command_at_once_without_a_traceback(point: str, sent: sig
     start = time.monotonic()
     running.send_signal(sent)
     out, errors = running.communicate(timeout=30)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3  # a second, and what a busy machine adds
     assert (running.returncode, out) == (130, "") and errors.splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors
 

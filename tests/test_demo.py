@@ -240,7 +240,7 @@ sys.exit(cli.main(["demo", "--checkpoint", {str(tmp_path)!r}]))
     start = time.monotonic()
     running.send_signal(sent)
     assert running.wait(30) == 130
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3  # a second, and what a busy machine adds
     running.stdout.close()
     assert len(pids) == 2 and all(map(gone, pids))
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

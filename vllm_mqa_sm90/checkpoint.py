@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_mqa_sm90 import stopping
 from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor
 
 if TYPE_CHECKING:  # seconds that a command's help need not wait
@@ -196,22 +198,27 @@ def _incomplete(directory: Path) -> Iterator[None]:
             _empty(directory)
             yield
         except BaseException:
+            # After a Ctrl-C a thread may be about to name a file: a moment later there are no more.
+            for _ in range(20):
+                if not _empty(directory):
+                    break
+                time.sleep(0.01)
+            marker.unlink()
             if made:
-                shutil.rmtree(directory)
-            else:
-                _empty(directory)
-                marker.unlink()
+                directory.rmdir()
             raise
         marker.unlink()
 
 
-def _empty(directory: Path) -> None:
-    """Removes all but the marker."""
-    for path in directory.iterdir():
+def _empty(directory: Path) -> int:
+    """Removes all but the marker; how many there were."""
+    found = [path for path in directory.iterdir() if path.name != _INCOMPLETE]
+    for path in found:
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != _INCOMPLETE:
-            path.unlink()
+        else:
+            path.unlink(missing_ok=True)
+    return len(found)
 
 
 class _Count:
@@ -310,6 +317,9 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    import torch  # noqa: F401: before
+
+    stopping.by_exception()
     try:
         with progress_bar() as show:
             total = make_checkpoint(args.directory, args.arch, args.layers, args.experts, args.seed, show)

@@ -6,15 +6,14 @@ These modules import PyTorch only where a command runs: help and usage errors do
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
+
+from vllm_mqa_sm90 import stopping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status, 130 after a Ctrl-C."""
-    # A stop from outside is a Ctrl-C: servers stop with us.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -24,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> None:
     """`main`, and the end of the process."""
+    stopping.at_once()
     status = main()
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
@@ -33,7 +33,7 @@ def command() -> None:
 
 
 def _run(argv: Sequence[str]) -> int:
-    # Here, so that a Ctrl-C while they are imported has no traceback either.
+    # Here, so that a Ctrl-C meanwhile has no traceback.
     import argparse
 
     from vllm_mqa_sm90 import bench, check, checkpoint, demo, machine

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import checkpoint, machine
+from vllm_mqa_sm90 import checkpoint, machine, stopping
 from vllm_mqa_sm90.metrics import Drafts
 from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, seconds, speculative_config, vllm_serve
 from vllm_mqa_sm90.sizes import HEAD_DIM, TOKEN_BYTES
@@ -271,6 +271,7 @@ def _run(args: argparse.Namespace) -> int:
             return 1
         console.print("no GPU of compute capability 9.0 (H100, H200): checking the kernel's schedule on the CPU", soft_wrap=True)
         return run_on_cpu(console)
+    stopping.by_exception()
     try:
         return run_on_gpu(console, args.checkpoint, args.timeout, args.vllm_arguments)
     except (ServerError, OSError, ImportError) as error:  # of the server; of the checkpoint

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import machine
+from vllm_mqa_sm90 import machine, stopping
 from vllm_mqa_sm90.bench import deepgemm, output, timing
 from vllm_mqa_sm90.bench.kernel import DEFAULT_HEADS, DEFAULT_PAGE
 from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, SIDES, LeftOut, Report, Row, notes, one_line, table
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return _stop(problem)
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
+    stopping.by_exception()
     try:
         report = measure(args)
     except torch.OutOfMemoryError as error:  # of the read bandwidth: cases note theirs

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_mqa_sm90 import checkpoint, machine
+from vllm_mqa_sm90 import checkpoint, machine, stopping
 from vllm_mqa_sm90.bench import output, workloads
 from vllm_mqa_sm90.bench.serve_kept import Job, Kept
 from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, profile_table, table
@@ -165,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
         for workload in chosen
         for profiled in ((False, True) if args.profile and workload.cached else (False,))
     ]
+    stopping.by_exception()
     try:
         Run(report, Kept(args.output / "results", report), args.output, args.timeout).do(jobs, fresh=args.fresh)
     except KeyboardInterrupt:
