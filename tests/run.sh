@@ -32,7 +32,7 @@ mkdir "$scratch/hidden"
 printf '#!/bin/sh\nexit 1\n' >"$scratch/hidden/nvcc"
 chmod +x "$scratch/hidden/nvcc"
 rm -rf build
-echo "building the wheel: PyTorch for its headers, and a minute of compiling on two cores"
+echo "building the wheel: headers and a compiler to download, then a minute of compiling on two cores"
 PATH=$scratch/hidden:$PATH "$uv" build -q --wheel --python "$python" --out-dir "$scratch/wheel" ||
   fail_download "$uv" "the build"
 [[ $(readlink build/tools/cuda) == */nvidia/cu13 ]] || fail "the build did not use the nvcc of the wheels"
