@@ -187,6 +187,8 @@ def make_backend() -> type:
             they have rows like the others, and in one whose rows are padded otherwise, which is ragged, none.
             """
             starts = step.query_start_loc_cpu.numpy()
+            if starts[-1] == step.num_actual_tokens == step.num_reqs * step.max_query_len:
+                return False  # all bring the most that any does
             counts = starts[1:] - starts[:-1]
             longer = counts > self.num_speculative_tokens + 1
             decodes, tokens = len(counts), step.num_actual_tokens
