@@ -364,6 +364,22 @@ def test_empty_steps_are_no_ops() -> None:
     assert vllm_mqa_sm90.launch_counts() == before
 
 
+@pytest.mark.parametrize("page", [32, 64])
+def test_padded_plans_serve_launches_of_more_rows(page: int) -> None:
+    """As a CUDA graph that was captured for more: the rows past the plan's are padding, whatever their lengths."""
+    step = random_step(rows_of([900, 300, 65, 2000, 700], 3), page=page, device="cuda")
+    plan = vllm_mqa_sm90.plan(step.context_lens[:3], padded=True)
+    out = step.logits(plan, out=poisoned(step))
+    expected = step.run(clean_logits=True)
+    valid = expected[:9] > -torch.inf
+    assert torch.equal(out[:9][valid], expected[:9][valid]) and out[9:].isnan().all()
+    cleaned = step.logits(plan, out=poisoned(step), clean_logits=True)
+    assert torch.equal(cleaned[:9], expected[:9]) and (cleaned[9:] == -torch.inf).all()
+
+    none = vllm_mqa_sm90.plan(torch.zeros(0, 1, dtype=torch.int32, device="cuda"), padded=True)
+    assert step.logits(none, out=poisoned(step)).isnan().all()
+
+
 def test_steps_of_padding_rows_write_nothing() -> None:
     step = random_step([[0, -1], [-(2**31), 0]], device="cuda")
     step.max_context_len = 200

@@ -174,7 +174,7 @@ RAGGED_MISUSES = [
     (
         "plan rows",
         change("plan", lambda t: t[:-1]),
-        r"plan: expected a ragged plan's shape: \[\(2 \+ 5 n \+ 4\) // 2, 8\] .*given shape \[12, 8\]",
+        r"plan: expected a ragged plan's shape: \[\(3 \+ 5 n \+ 4\) // 2, 8\] .*given shape \[12, 8\]",
     ),
     (
         "plan of more rows",
@@ -311,7 +311,7 @@ LENS = torch.zeros(6, dtype=torch.int32)
         (LENS, {"indices": LENS, "num_sms": 4, "out": torch.zeros(21, 4, dtype=torch.int32)},
          r"out: expected shape \(14, 8\) for num_sms 4, given \(21, 4\)"),
         (LENS, {"indices": LENS, "out": torch.zeros(21, 4, dtype=torch.int32)},
-         r"out: expected a ragged plan's shape: \[\(2 \+ 5 n \+ 6\) // 2, 8\].*, given shape \[21, 4\]"),
+         r"out: expected a ragged plan's shape: \[\(3 \+ 5 n \+ 6\) // 2, 8\].*, given shape \[21, 4\]"),
     ],
 )  # fmt: skip
 def test_misuse_of_plan_is_named(context_lens: torch.Tensor, options: dict, says: str) -> None:
@@ -323,7 +323,7 @@ def test_plan_op_checks_next_n() -> None:
     ops._load()
     with pytest.raises(RuntimeError, match="next_n: expected 2, as context_lens says, given 3"):
         torch.ops.vllm_mqa_sm90.plan(
-            torch.zeros(3, 2, dtype=torch.int32), 3, torch.zeros(ops.plan_shape(1), dtype=torch.int32)
+            torch.zeros(3, 2, dtype=torch.int32), 3, False, torch.zeros(ops.plan_shape(1), dtype=torch.int32)
         )
 
 
@@ -331,7 +331,7 @@ def test_ragged_plan_op_needs_to_be_told_the_groups() -> None:
     ops._load()
     with pytest.raises(RuntimeError, match="indices: expected either indices or query_start_loc, given neither"):
         out = torch.zeros(ops.plan_shape(1, 6), dtype=torch.int32)
-        torch.ops.vllm_mqa_sm90.plan_ragged(LENS, None, None, 8, out)
+        torch.ops.vllm_mqa_sm90.plan_ragged(LENS, None, None, 8, False, out)
 
 
 @pytest.mark.parametrize(

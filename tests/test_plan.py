@@ -141,7 +141,7 @@ def check_shares(
     assert torch.equal(torch.bincount(visits[:, 0], minlength=len(shares)), shares[:, 2].long())
 
     own, spare = shares[:ctas, 2], shares[ctas : ctas + header[1], 2]
-    kind = VERSION << 16 | (context_lens.shape[1] if max_rows is None else 1 << 8 | max_rows)
+    kind = VERSION << 16 | (context_lens.shape[1] if max_rows is None else 1 << 8 | max_rows) | (not len(visits)) << 10
     assert header == [0, len(spare), context_lens.numel(), kind] and not shares[ctas + len(spare) :].any()
     assert int(own.max() - own.min()) <= 1
     expected = min(len(visits) // 8 // 4, 4 * ctas) if len(visits) >= 16 * ctas else 0
@@ -274,9 +274,53 @@ def test_a_ragged_plan_serves_launches_for_groups_as_wide_or_wider() -> None:
         with pytest.raises(RuntimeError, match=f"plan: expected a plan for 24 rows in groups of at most {max_rows}"):
             walk(plan, step.context_lens, 7, max_rows)
     # A step of one row more or less may have a plan of the same shape.
-    assert vllm_mqa_sm90.plan_shape(7, 23) == vllm_mqa_sm90.plan_shape(7, 24)
-    with pytest.raises(RuntimeError, match="plan: expected a plan for 23 rows in groups of at most 3"):
-        walk(plan, step.context_lens[:23].clone(), 7, 3)
+    assert vllm_mqa_sm90.plan_shape(7, 25) == vllm_mqa_sm90.plan_shape(7, 24) == plan.shape
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 25 rows in groups of at most 3"):
+        walk(plan, torch.cat([step.context_lens, step.context_lens[:1]]), 7, 3)
+
+
+@pytest.mark.parametrize("by", [None, "indices", "query_start_loc"])
+def test_a_padded_plan_serves_launches_of_more_rows(by: str | None) -> None:
+    """And leads to the tiles of its own rows alone, whatever the others' lengths and an older plan's table are."""
+    few, many = [[200, 201]] * 3, [[1000, 1001]] * 8
+    if by is None:
+        made = [torch.tensor(lens, dtype=torch.int32) for lens in (few, many)]
+        grouping = [{}, {}]
+    else:
+        steps = [ragged_step(lens, by, 2) for lens in (few, many)]
+        made, grouping = [step.context_lens for step in steps], [{**step.grouping, "max_rows": 2} for step in steps]
+    rows = None if by is None else 2
+    buffer = vllm_mqa_sm90.plan(made[1], **grouping[1], num_sms=7)
+    shape = vllm_mqa_sm90.plan_shape(7, None if by is None else made[0].numel())
+    vllm_mqa_sm90.plan(made[0], **grouping[0], padded=True, out=buffer[: shape[0]])
+    launch = made[1].clone()
+    launch[: len(made[0])] = made[0]
+    assert torch.equal(walk(buffer, launch, 7, rows), walk(buffer[: shape[0]], made[0], 7, rows))
+    assert len(walk(buffer, launch, 7, rows)) == 3 * 4
+
+    # Not of fewer rows, of another next_n, or of another kind; nor unless it says so.
+    fewer = vllm_mqa_sm90.plan(made[1], **grouping[1], padded=True, num_sms=7)
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 6 rows in groups of"):
+        walk(fewer[: shape[0]], made[0], 7, rows)
+    if by is None:
+        with pytest.raises(RuntimeError, match="plan: expected a plan for 16 rows in groups of 4"):
+            walk(buffer, launch.view(4, 4), 7)
+    vllm_mqa_sm90.plan(made[0], **grouping[0], out=buffer[: shape[0]])
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 16 rows in groups of"):
+        walk(buffer, launch, 7, rows)
+
+
+def test_a_padded_plan_without_tiles_serves_any_launch() -> None:
+    none = torch.zeros(6, dtype=torch.int32)
+    uniform = vllm_mqa_sm90.plan(none.view(2, 3), padded=True, num_sms=7)
+    assert not len(walk(uniform, torch.full((9, 1), 100, dtype=torch.int32), 7))
+    starts = torch.zeros(3, dtype=torch.int32)
+    ragged = vllm_mqa_sm90.plan(none, query_start_loc=starts, padded=True, num_sms=7)
+    as_uniform = ragged.view(-1, 4)[: len(uniform)]
+    assert not len(walk(as_uniform, torch.full((4, 1), 100, dtype=torch.int32), 7))
+    strict = vllm_mqa_sm90.plan(none.view(2, 3), num_sms=7)
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 9 rows in groups of 1"):
+        walk(strict, torch.full((9, 1), 100, dtype=torch.int32), 7)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

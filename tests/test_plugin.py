@@ -320,6 +320,11 @@ def schedules(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch
     return asked
 
 
+def plan_of(context_lens: torch.Tensor, **options: Any) -> torch.Tensor:
+    """As the builder makes it: CUDA graphs may have more rows than its step."""
+    return vllm_mqa_sm90.plan(context_lens, **options, padded=True, num_sms=NUM_SMS)
+
+
 @pytest.mark.parametrize("tokens", range(ops.MAX_NEXT_N))
 def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[str]], tokens: int) -> None:
     config = make_config(tokens)
@@ -337,7 +342,7 @@ def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[
     assert not decode.requires_padding
     assert decode.schedule_metadata.shape == ops.plan_shape(NUM_SMS)
     assert decode.schedule_metadata.data_ptr() == builder.scheduler_metadata_buffer.data_ptr()
-    assert torch.equal(decode.schedule_metadata, vllm_mqa_sm90.plan(decode.seq_lens, num_sms=NUM_SMS))
+    assert torch.equal(decode.schedule_metadata, plan_of(decode.seq_lens))
     assert decode.schedule_metadata[1:, 2].sum() == 64 + 2 + 1 + 1  # 64-token tiles
     assert not schedules
     assert f"num_speculative_tokens={tokens} decodes natively (next_n={next_n}" in log(logging.INFO)[-1]
@@ -383,15 +388,13 @@ def test_ragged_step_keeps_its_requests(schedules: list[Any], tokens: int) -> No
     assert decode.decode_lens.tolist() == [1] * 5 and not decode.requires_padding
     assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
     assert decode.block_table.shape == (3, PAGES)
-    plan = vllm_mqa_sm90.plan(
-        decode.seq_lens.view(-1), query_start_loc=step.query_start_loc, max_rows=tokens + 1, num_sms=NUM_SMS
-    )
+    plan = plan_of(decode.seq_lens.view(-1), query_start_loc=step.query_start_loc, max_rows=tokens + 1)
     assert torch.equal(decode.schedule_metadata, plan)
     assert groups_of(plan) == [[0, 2, 0], [2, 1, 1], [3, 2, 2]]
 
     uniform = builder.build(0, make_step([200, 300], [2, 2])).decode
     assert uniform.seq_lens.tolist() == [[199, 200], [299, 300]]
-    assert torch.equal(uniform.schedule_metadata, vllm_mqa_sm90.plan(uniform.seq_lens, num_sms=NUM_SMS))
+    assert torch.equal(uniform.schedule_metadata, plan_of(uniform.seq_lens))
     assert uniform.schedule_metadata.data_ptr() == decode.schedule_metadata.data_ptr()
     assert not schedules
 
@@ -510,6 +513,31 @@ def test_adaptive_verification_makes_every_step_ragged(schedules: list[Any], tok
     assert groups_of(uniform.schedule_metadata) == [[0, 3, 0], [3, 3, 1], [6, 3, 2]]
 
 
+def test_a_graph_of_more_rows_may_replay_over_a_step(schedules: list[Any]) -> None:
+    """Of the rows that a shorter step leaves in the buffers, none has tokens, and the plan has no tile."""
+    config = make_config(2)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    captured = builder.build(0, make_step([900] * 8, [2] * 8)).decode
+    graph = captured.schedule_metadata, captured.seq_lens
+    shorter = builder.build(0, make_step([300, 400], [2] * 2)).decode
+    assert shorter.schedule_metadata.data_ptr() == graph[0].data_ptr()
+    assert graph[1].tolist() == [[299, 300], [399, 400], *[[0, 0]] * 6]
+    visits = torch.zeros(5 + 7, 5, dtype=torch.int32)
+    torch.ops.vllm_mqa_sm90.walk(graph[0], graph[1], None, visits)
+    assert visits[:, 1].unique().tolist() == [0, 2]
+
+
+def test_an_empty_micro_batch_does_nothing_in_a_graph_of_uniform_steps(schedules: list[Any]) -> None:
+    """Its tokens are a CUDA graph's padding, and its requests, as many as there happen to be, have none."""
+    config = make_config(0)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    captured = builder.build(0, make_step([900] * 12, [1] * 12)).decode
+    empty = builder.build(0, make_step([300] * 13, [0] * 13, tokens=12)).decode
+    as_captured = empty.schedule_metadata.view(-1, 4)[: len(captured.schedule_metadata)]
+    assert as_captured.data_ptr() == captured.schedule_metadata.data_ptr()
+    torch.ops.vllm_mqa_sm90.walk(as_captured, captured.seq_lens, None, torch.zeros(0, 5, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("tokens", [0, 2])
 def test_plan_follows_the_step(schedules: list[Any], tokens: int) -> None:
     """The plan's address stays, as CUDA graphs need; its contents are the last step's."""
@@ -600,7 +628,7 @@ if seams.release() >= (0, 32):
         builder.update_draft_decode_metadata(metadata)
         assert metadata.decode.seq_lens.tolist() == [[65], [129]]
         assert torch.equal(
-            metadata.decode.schedule_metadata, vllm_mqa_sm90.plan(metadata.decode.seq_lens, num_sms=NUM_SMS)
+            metadata.decode.schedule_metadata, plan_of(metadata.decode.seq_lens)
         )
         assert not schedules
 
@@ -621,7 +649,7 @@ if seams.release() >= (0, 32):
         assert ops.is_ragged(plan) == adaptive
         starts = {"query_start_loc": torch.arange(3, dtype=torch.int32), "max_rows": 2} if adaptive else {}
         lens = metadata.decode.seq_lens.view(-1)
-        assert torch.equal(plan, vllm_mqa_sm90.plan(lens, num_sms=NUM_SMS, **starts))
+        assert torch.equal(plan, plan_of(lens, **starts))
 
 
 UNKNOWN_CACHE = "vllm.models.glm5next.common.attention.Glm5NextIndexerCache"

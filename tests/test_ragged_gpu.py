@@ -237,6 +237,22 @@ def test_a_plan_for_narrower_groups_is_legal() -> None:
         assert torch.equal(step.logits(plan, clean_logits=True), expected)
 
 
+@BY
+def test_padded_plans_serve_launches_of_more_rows(by: str) -> None:
+    """In a buffer where an older plan has left a longer table."""
+    step = random_ragged_step([[900, 901], [300], [65], [2000, 2001, 2002], [700]], by=by, max_rows=3, device="cuda")
+    plan, expected = step.plan(), step.run(clean_logits=True)
+    few = {name: told[: 4 if by == "indices" else 3] for name, told in step.grouping().items() if told is not None}
+    rows = 4 if by == "indices" else 3  # query_start_loc's two requests
+    shape = vllm_mqa_sm90.plan_shape(torch.cuda.get_device_properties(0).multi_processor_count, rows)
+    vllm_mqa_sm90.plan(step.context_lens[:rows].clone(), **few, max_rows=3, padded=True, out=plan[: shape[0]])
+    out = step.logits(plan, out=poisoned(step))
+    valid = expected[:rows] > -torch.inf
+    assert torch.equal(out[:rows][valid], expected[:rows][valid]) and out[rows:].isnan().all()
+    cleaned = step.logits(plan, out=poisoned(step), clean_logits=True)
+    assert torch.equal(cleaned[:rows], expected[:rows]) and (cleaned[rows:] == -torch.inf).all()
+
+
 FOREIGN_PLANS = {
     "wider groups": ("random_ragged_step([[100, 101, 102]], max_rows=3, device='cuda')", "step.max_rows = 2"),
     "wider groups of the same kernel": (
@@ -244,8 +260,8 @@ FOREIGN_PLANS = {
         "step.max_rows = 5",
     ),
     "other rows of a ragged step": (
-        "random_ragged_step([[100, 101], [64]], by='query_start_loc', padding=2, max_rows=3, device='cuda')",
-        "for name in ('q', 'weights', 'context_lens'): setattr(step, name, getattr(step, name)[:4])",
+        "random_ragged_step([[100, 101], [64]], by='query_start_loc', padding=1, max_rows=3, device='cuda')",
+        "for name in ('q', 'weights', 'context_lens'): setattr(step, name, getattr(step, name)[:3])",
     ),
     "another next_n": (
         "random_step([[100, 101]] * 6, device='cuda')",

@@ -235,11 +235,12 @@ def make_backend() -> type:
                     max_decode_len=max_decode_len,
                 )
             self._query_start_loc = self._query_start_loc[: num_decodes + 1]
-            rows = num_decodes * max_decode_len if use_native else num_decode_tokens
-            row_lens = self.decode_seq_lens_buffer[:rows]
-            ops.row_context_lens(seq_lens, self._query_start_loc, out=row_lens)
+            # All of the buffer: a CUDA graph may have more rows than this step, and these must have no tokens.
+            ops.row_context_lens(seq_lens, self._query_start_loc, out=self.decode_seq_lens_buffer)
             if use_native:
+                row_lens = self.decode_seq_lens_buffer[: num_decodes * max_decode_len]
                 return row_lens.view(num_decodes, max_decode_len), block_table, decode_lens, num_decodes, False
+            row_lens = self.decode_seq_lens_buffer[:num_decode_tokens]
             if divides_by_request and self.compress_ratio > 1 and max_decode_len <= 1:
                 # As many as there are requests are divided, into a buffer that has 0 for the rest: a row each, if that.
                 row_lens = self.decode_seq_lens_buffer[:num_decodes]
@@ -259,19 +260,21 @@ def make_backend() -> type:
         def plan(self, context_lens: torch.Tensor) -> torch.Tensor:
             """The plan for lengths `[B, next_n]`, of a ragged step `[T, 1]`.
 
-            It becomes vLLM's schedule buffer, so that vLLM's copy into that has nothing to do.
+            It becomes vLLM's schedule buffer, so that vLLM's copy into that has nothing to do. And it is a padded one:
+            vLLM may replay a CUDA graph that was captured for more rows (drafts of varying number, from 0.29 on), or
+            for a uniform step that has no token now (an empty micro-batch, from 0.30 on).
             """
             if self.use_flattening:
                 rows = ops.plan_shape(self.num_sms, len(context_lens))[0]
                 self.scheduler_metadata_buffer = plan = self._ragged_plans[:rows]
                 max_rows = self.num_speculative_tokens + 1
                 return ops.plan(
-                    context_lens.view(-1), query_start_loc=self._query_start_loc, max_rows=max_rows, out=plan
+                    context_lens.view(-1), query_start_loc=self._query_start_loc, max_rows=max_rows, padded=True, out=plan
                 )
             self.scheduler_metadata_buffer = plan = self._uniform_plan
             if context_lens.shape[1] == 0:  # requests without query tokens alone
                 context_lens = context_lens.view(0, 1)
-            return ops.plan(context_lens, out=plan)
+            return ops.plan(context_lens, padded=True, out=plan)
 
     class MqaSm90IndexerBackend(stock_backend):
         """vLLM's backend with our builder. It keeps vLLM's name, by which vLLM picks warm-ups."""

@@ -57,7 +57,7 @@ def plan_shape(num_sms: int, rows: int | None = None) -> tuple[int, int]:
     entries = 1 + num_sms * _SHARES_PER_CTA
     if rows is None:
         return entries, UNIFORM_PLAN_COLUMNS
-    return (entries + rows + 1) // 2, RAGGED_PLAN_COLUMNS
+    return (entries + rows + 2) // 2, RAGGED_PLAN_COLUMNS
 
 
 def is_ragged(plan: torch.Tensor) -> bool:
@@ -127,6 +127,7 @@ def plan(
     indices: torch.Tensor | None = None,
     query_start_loc: torch.Tensor | None = None,
     max_rows: int | None = None,
+    padded: bool = False,
     num_sms: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -151,17 +152,20 @@ def plan(
             padding, whatever their lengths. Must not decrease.
         max_rows: of a ragged step's groups, 1 to 8 (default). A request with more rows is cut into
             several groups, each of which reads the keys.
+        padded: launches with this plan may have more rows than it, which are padding, as a CUDA graph
+            has that was captured for more; with the shape that a plan of so many has. And where no row
+            has tokens, launches of any kind: they do nothing. Else the rows must be the same.
         num_sms: SMs to plan for; default: `out`'s, else all of the device's.
         out: int32 `plan_shape(num_sms)`, for a ragged step `plan_shape(num_sms, T)`; contiguous,
             on the same device: where to write the plan.
 
     Returns:
         `out`, or a new tensor like it. Its memory is a line of entries of four int32. The first says
-        what the plan is: `{0, spare shares, T, 2 << 16 | ragged << 8 | rows of a group}`, of a uniform
-        step's groups next_n, of a ragged one's `max_rows`. Then come the CTAs' shares, then the spare
+        what the plan is: `{0, spare shares, T, 2 << 16 | no tile << 10 | padded << 9 | ragged << 8 | rows
+        of a group}`, of a uniform step's groups next_n, of a ragged one's `max_rows`. Then come the CTAs' shares, then the spare
         ones: `{first row of the first group, first tile in it, number of tiles, that group's rows + 16 *
         request}`. A ragged plan goes on with the group table, an entry for each row of the step: `{first
-        row, rows, request, 0}` where a group starts, else zeros.
+        row, rows, request, 0}` where a group starts, else zeros, and one or two entries of zeros.
 
     Raises:
         TypeError: an argument that is no tensor, or no int: named.
@@ -192,10 +196,10 @@ def plan(
             raise ValueError(f"out: expected shape {shape} for num_sms {num_sms}, given {tuple(out.shape)}")
     if ragged:
         rows = MAX_NEXT_N if max_rows is None else max_rows
-        torch.ops.vllm_mqa_sm90.plan_ragged(context_lens, indices, query_start_loc, rows, out)
+        torch.ops.vllm_mqa_sm90.plan_ragged(context_lens, indices, query_start_loc, rows, padded, out)
     else:
         next_n = context_lens.shape[1] if context_lens.dim() == 2 else 1
-        torch.ops.vllm_mqa_sm90.plan(context_lens, next_n, out)
+        torch.ops.vllm_mqa_sm90.plan(context_lens, next_n, padded, out)
     return out
 
 
@@ -245,7 +249,8 @@ def paged_mqa_logits(
             that is no page within a context reads as keys of zeros.
         plan: what `plan` returned for the same lengths, and `indices` or `query_start_loc`. The kernel
             counts in it while it runs: launches that may overlap, on two streams, need a plan each. A
-            plan for another T, next_n or kind of step, or never made, stops the launch with an error.
+            plan for another T, next_n or kind of step, or never made, stops the launch with an error, but for
+            what `plan` says of `padded` ones.
         max_context_len: columns of the result.
         max_rows: for a ragged step, the plan's (default 8) or more: chooses the kernel, which works in
             vain where groups have fewer rows. A plan for wider groups stops the launch with an error.

@@ -52,7 +52,7 @@ constexpr int64_t kSharesPerCta = share_entries(1) - 1;
 
 // CTAs that a plan is for.
 int64_t ctas_of(const Tensor& plan, int64_t rows) {
-  const int64_t entries = plan.numel() / kEntryInts - (is_ragged(plan) ? rows : 0);
+  const int64_t entries = plan.numel() / kEntryInts - (is_ragged(plan) ? rows + 1 : 0);
   return (entries - 1) / kSharesPerCta;
 }
 
@@ -65,7 +65,7 @@ void check_plan(const Argument& plan, const Argument& context_lens, bool ragged)
   if (ctas < 1 || ctas >= std::numeric_limits<int32_t>::max() / kSharesPerCta ||
       tensor.size(0) != plan_rows(ctas, ragged, rows)) {
     const std::string of_table = ragged ? " + " + std::to_string(rows) + ") // 2" : "";
-    fail(plan.name, shape_of(tensor), "a ", ragged ? "ragged" : "uniform", " plan's shape: [", ragged ? "(2" : "1",
+    fail(plan.name, shape_of(tensor), "a ", ragged ? "ragged" : "uniform", " plan's shape: [", ragged ? "(3" : "1",
          " + ", kSharesPerCta, " n", of_table, ", ", columns, "] for n CTAs, at least one");
   }
   require_contiguous(plan);
@@ -160,9 +160,10 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   return params;
 }
 
-StepRows check_uniform_plan(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
+StepRows check_uniform_plan(const Tensor& context_lens, int64_t next_n, bool padded, const Tensor& out) {
   const Argument lens_argument{"context_lens", context_lens};
-  const StepRows step = check_context_lens(lens_argument);
+  StepRows step = check_context_lens(lens_argument);
+  step.padded = padded;
   require(next_n == step.max_rows, "next_n", next_n, step.max_rows, ", as context_lens says");
   check_plan({"out", out}, lens_argument, false);
   return step;
@@ -190,9 +191,11 @@ RequestLens check_row_lens(const Tensor& seq_lens, const Tensor& query_start_loc
 }
 
 StepRows check_ragged_plan(const Tensor& context_lens, const std::optional<Tensor>& indices,
-                           const std::optional<Tensor>& query_start_loc, int64_t max_rows, const Tensor& out) {
+                           const std::optional<Tensor>& query_start_loc, int64_t max_rows, bool padded,
+                           const Tensor& out) {
   const Argument lens_argument{"context_lens", context_lens};
   StepRows step = check_ragged_context_lens(lens_argument, max_rows);
+  step.padded = padded;
   if (indices.has_value() == query_start_loc.has_value()) {
     fail("indices", indices ? "both" : "neither", "either indices or query_start_loc");
   }

@@ -70,22 +70,22 @@ void plan_here(const StepRows& step, const Tensor& out) {
        " tokens a CTA");
 }
 
-void plan_cuda(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
-  plan_on_device(check_uniform_plan(context_lens, next_n, out), out);
+void plan_cuda(const Tensor& context_lens, int64_t next_n, bool padded, const Tensor& out) {
+  plan_on_device(check_uniform_plan(context_lens, next_n, padded, out), out);
 }
 
-void plan_cpu(const Tensor& context_lens, int64_t next_n, const Tensor& out) {
-  plan_here(check_uniform_plan(context_lens, next_n, out), out);
+void plan_cpu(const Tensor& context_lens, int64_t next_n, bool padded, const Tensor& out) {
+  plan_here(check_uniform_plan(context_lens, next_n, padded, out), out);
 }
 
 void plan_ragged_cuda(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
-                      int64_t max_rows, const Tensor& out) {
-  plan_on_device(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, out), out);
+                      int64_t max_rows, bool padded, const Tensor& out) {
+  plan_on_device(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, padded, out), out);
 }
 
 void plan_ragged_cpu(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
-                     int64_t max_rows, const Tensor& out) {
-  plan_here(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, out), out);
+                     int64_t max_rows, bool padded, const Tensor& out) {
+  plan_here(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, padded, out), out);
 }
 
 const Group* table_of(const Tensor& plan, int32_t num_ctas) {
@@ -174,9 +174,10 @@ void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t>
 
 STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
   library.def("row_lens(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out) -> ()");
-  library.def("plan(Tensor context_lens, int next_n, Tensor(a!) out) -> ()");
+  library.def("plan(Tensor context_lens, int next_n, bool padded, Tensor(a!) out) -> ()");
   library.def(
-      "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, Tensor(a!) out) -> ()");
+      "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, bool padded, "
+      "Tensor(a!) out) -> ()");
   library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
       "Tensor(a!) plan, int max_context_len, int? max_rows, bool clean_logits, Tensor(b!) out) -> ()");

@@ -10,8 +10,9 @@ namespace {
 
 constexpr int kCleanThreads = 256;
 
-// Whether a row is in a group: of a ragged step's rows those past the last request are in none.
+// Whether a row is in a group: those past the plan's rows, and of a ragged step past the last request, are in none.
 __device__ bool has_request(const LogitsParams& p, int32_t row) {
+  if (row >= reinterpret_cast<const PlanHeader*>(p.plan)->rows) return false;
   if (p.group_table == nullptr) return true;
   for (int32_t first = row; first >= 0 && first > row - kMaxGroupRows; --first) {
     const int32_t rows = p.group_table[first].rows;

@@ -52,8 +52,9 @@ struct Chunk {
         end(min(begin + size, count)) {}
 };
 
-__device__ void fill_group_table(const StepRows& step, Group* table, bool odd, RowScan::TempStorage& scan_storage) {
-  if (threadIdx.x == 0 && odd) table[step.rows] = {0, 0, 0, 0};
+__device__ void fill_group_table(const StepRows& step, Group* table, int32_t num_ctas,
+                                 RowScan::TempStorage& scan_storage) {
+  if (threadIdx.x < table_entries(num_ctas, step.rows) - step.rows) table[step.rows + threadIdx.x] = {0, 0, 0, 0};
   const Chunk rows(step.rows);
   if (step.indices != nullptr) {
     int32_t run_start = 0;  // of the last run that starts here or before
@@ -73,11 +74,6 @@ __device__ void fill_group_table(const StepRows& step, Group* table, bool odd, R
   __syncthreads();
 }
 
-// Whether a ragged plan's last row ends with an entry that is nobody's.
-__host__ __device__ bool ends_odd(const StepRows& step, int32_t num_ctas) {
-  return (share_entries(num_ctas) + step.rows) % 2 != 0;
-}
-
 // One block. First the group table, if the step is ragged. Then thread i counts the tiles of a
 // contiguous chunk of groups; a scan gives every chunk its place on the line of tiles; then each
 // thread looks up the start of some shares.
@@ -87,7 +83,7 @@ plan_kernel(const StepRows step, int32_t* plan, int32_t num_ctas) {
   __shared__ int64_t chunk_start[kPlanThreads];
 
   Group* table = step.ragged ? group_table_of(plan, num_ctas) : nullptr;
-  if (step.ragged) fill_group_table(step, table, ends_odd(step, num_ctas), scan_storage.rows);
+  if (step.ragged) fill_group_table(step, table, num_ctas, scan_storage.rows);
   const Groups groups{table, step.rows, step.max_rows};
   const Chunk chunk(groups.places());
   int64_t tiles = 0;
@@ -101,7 +97,7 @@ plan_kernel(const StepRows step, int32_t* plan, int32_t num_ctas) {
 
   const Cut cut(total, num_ctas);
   if (!cut.fits()) __trap();
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, cut.spares);
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, total, cut.spares);
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
   for (int32_t i = threadIdx.x; i < share_entries(num_ctas) - 1; i += kPlanThreads) {
     Share share{0, 0, 0, 0};
@@ -161,7 +157,7 @@ cudaError_t launch_plan(const StepRows& step, int32_t* plan, int32_t num_ctas, c
 
 bool plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
   Group* table = step.ragged ? group_table_of(plan, num_ctas) : nullptr;
-  if (step.ragged) std::fill_n(table, step.rows + ends_odd(step, num_ctas), Group{0, 0, 0, 0});
+  if (step.ragged) std::fill_n(table, table_entries(num_ctas, step.rows), Group{0, 0, 0, 0});
   if (step.indices != nullptr) {
     for (int32_t row = 0, run_start = 0; row < step.rows; ++row) {
       if (starts_run(step.indices, row)) run_start = row;
@@ -178,7 +174,7 @@ bool plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
   }
   const Cut cut(total, num_ctas);
   if (!cut.fits()) return false;
-  *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, cut.spares);
+  *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, total, cut.spares);
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
   int32_t place = 0;  // of the share before
   int64_t place_start = 0;

@@ -23,9 +23,14 @@ constexpr int plan_columns(bool ragged) { return ragged ? 2 * kEntryInts : kEntr
 // The header and the shares.
 constexpr int64_t share_entries(int64_t num_ctas) { return 1 + num_ctas * (1 + kSparesPerCta); }
 
-// Rows of a plan, of which a ragged one's last may end with an entry too many.
+// The group table: an entry for each row of the step, and one that is empty, or two, as a plan has whole rows.
+constexpr int64_t table_entries(int64_t num_ctas, int64_t rows) {
+  return rows + 1 + (share_entries(num_ctas) + rows + 1) % 2;
+}
+
+// Rows of a plan.
 constexpr int64_t plan_rows(int64_t num_ctas, bool ragged, int64_t rows) {
-  return ragged ? (share_entries(num_ctas) + rows + 1) / 2 : share_entries(num_ctas);
+  return ragged ? (share_entries(num_ctas) + table_entries(num_ctas, rows)) / 2 : share_entries(num_ctas);
 }
 
 // A step's query rows, in request order, and what says which of them form groups.
@@ -34,6 +39,7 @@ struct StepRows {
   int32_t rows;
   int32_t max_rows;             // of a group; a uniform step's groups all have so many
   bool ragged;
+  bool padded;                  // launches may have more rows, which are padding
   // A ragged step that has rows has one of these.
   const int32_t* indices;          // [rows]: request of each
   const int32_t* query_start_loc;  // [requests + 1]: first row of each, and the last one's end

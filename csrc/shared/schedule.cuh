@@ -52,25 +52,30 @@ constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits);
 // starts there, all 0 where none does.
 struct alignas(16) PlanHeader {
   static constexpr uint32_t kVersion = 2;  // of the plan's layout; what was never planned has none
+  // Bits of `kind`, above the rows of a group.
+  static constexpr uint32_t kRagged = 1 << 8, kPadded = 1 << 9, kEmpty = 1 << 10;
 
   uint32_t taken;   // spare shares that the running launch has handed out; 0 between launches
   int32_t spares;   // how many there are
   int32_t rows;     // of the step
-  uint32_t kind;    // kind_of(): of the step and its groups
+  uint32_t kind;    // of the step and its groups: version, bits, rows of a group
 
   MQA_HOST_DEVICE static uint32_t kind_of(bool ragged, int32_t max_rows) {
-    return kVersion << 16 | static_cast<uint32_t>(ragged) << 8 | static_cast<uint32_t>(max_rows);
+    return kVersion << 16 | (ragged ? kRagged : 0) | static_cast<uint32_t>(max_rows);
   }
 
-  MQA_HOST_DEVICE static PlanHeader of(const StepRows& step, int32_t spares) {
-    return {0, spares, step.rows, kind_of(step.ragged, step.max_rows)};
+  MQA_HOST_DEVICE static PlanHeader of(const StepRows& step, int64_t tiles, int32_t spares) {
+    const uint32_t more = (step.padded ? kPadded : 0) | (tiles == 0 ? kEmpty : 0);
+    return {0, spares, step.rows, kind_of(step.ragged, step.max_rows) | more};
   }
 
-  // Whether the plan is for a step of so many rows in groups of so many, of a ragged step at most. A ragged plan for
-  // narrower groups will do.
-  MQA_HOST_DEVICE bool fits(bool ragged, int32_t step_rows, int32_t max_rows) const {
+  // Whether the plan is for a launch of so many rows in groups of so many, of a ragged step at most: a ragged plan for
+  // narrower groups will do. A padded one may have fewer rows, and, where it leads to no tile, be of any kind.
+  MQA_HOST_DEVICE bool fits(bool ragged, int32_t launch_rows, int32_t max_rows) const {
+    if (kind >> 16 == kVersion && (kind & kPadded) && (kind & kEmpty)) return true;
     const uint32_t least = kind_of(ragged, ragged ? 1 : max_rows), most = kind_of(ragged, max_rows);
-    return rows == step_rows && kind >= least && kind <= most;
+    const uint32_t own = kind & ~(kPadded | kEmpty);
+    return own >= least && own <= most && (kind & kPadded ? rows <= launch_rows : rows == launch_rows);
   }
 };
 constexpr size_t kEntryBytes = kEntryInts * sizeof(int32_t);
