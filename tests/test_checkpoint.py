@@ -331,7 +331,19 @@ def test_a_file_in_its_place_is_one_line(tmp_path: Path, capsys) -> None:
     (tmp_path / "model").write_text("mine")
     assert f"{tmp_path / 'model'} is a file: name a new directory" in refused(capsys, tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
-    assert "Not a directory" in refused(capsys, tmp_path / "model" / "below")
+    below = tmp_path / "model" / "below"
+    assert f"{below} cannot be made, Not a directory: name another directory" in refused(capsys, below)
+
+
+def test_wrong_arguments_do_not_wait_for_pytorch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from vllm_mqa_sm90 import cli; status = cli.main(sys.argv[1:]);"
+        "sys.exit(status if 'torch' not in sys.modules else 9)"
+    )
+    (tmp_path / "file").touch()
+    for arguments in (["new", "--layers", "0"], ["new", "--experts", "20"], ["file"], ["."]):
+        done = subprocess.run([sys.executable, "-c", program, "make-checkpoint", *arguments], cwd=tmp_path)
+        assert done.returncode == 2, arguments
 
 
 def test_a_missing_package_is_one_line(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -16,6 +17,8 @@ def examine() -> dict[str, Any]:
     `reasons` against taking over, all of them (empty: it would), and what they rest on: `versions` (None: not
     installed), `gpus`, `environment`, `seams`: each place in vLLM once, with its `problem` (None: matches).
     """
+    # Of a vLLM without a GPU warnings are many, and say nothing that is not among the reasons.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
 
     from vllm_mqa_sm90 import backend, plugin, seams

@@ -146,15 +146,7 @@ def make_checkpoint(
         OSError: `directory` is a file, or has files in it; its disk has less room than the weights need,
             or cannot be written to. Nothing is left then, nor after a Ctrl-C.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
-    if layers < 1:
-        raise ValueError(f"layers: expected {_LAYERS}, got {layers}")
-    # Eight routing groups; each is scored by its best two experts.
-    if experts % 8 or not 16 <= experts <= 256:
-        raise ValueError(f"experts: expected {_EXPERTS}, got {experts}")
-    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-        raise ImportError(f"needs {' and '.join(missing)}, which vLLM brings: pip install {' '.join(missing)}")
+    _check(directory, arch, layers, experts)
     import torch
 
     config = ARCHITECTURES[arch].config(layers, experts)
@@ -178,15 +170,31 @@ def make_checkpoint(
     return written
 
 
+def _check(directory: Path, arch: str, layers: int, experts: int) -> None:
+    """All that can be said against the arguments before PyTorch is there; raises as `make_checkpoint` does."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    if layers < 1:
+        raise ValueError(f"layers: expected {_LAYERS}, got {layers}")
+    # Eight routing groups; each is scored by its best two experts.
+    if experts % 8 or not 16 <= experts <= 256:
+        raise ValueError(f"experts: expected {_EXPERTS}, got {experts}")
+    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"needs {' and '.join(missing)}, which vLLM brings: pip install {' '.join(missing)}")
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: name a new directory")
+    if directory.exists() and not (directory / _INCOMPLETE).exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty: name a new directory, or remove it first")
+
+
 @contextmanager
 def _incomplete(directory: Path) -> Iterator[None]:
     """Makes the directory, marked as incomplete until the end; what goes wrong empties it again, or removes it."""
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"{directory} is a file: name a new directory")
     made, marker = not directory.exists(), directory / _INCOMPLETE
-    if not made and not marker.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty: name a new directory, or remove it first")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{directory} cannot be made, {error.strerror}: name another directory") from error
     with marker.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -317,10 +325,11 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import torch  # noqa: F401: before
-
-    stopping.by_exception()
     try:
+        _check(args.directory, args.arch, args.layers, args.experts)
+        import torch  # noqa: F401: before a Ctrl-C is an exception
+
+        stopping.by_exception()
         with progress_bar() as show:
             total = make_checkpoint(args.directory, args.arch, args.layers, args.experts, args.seed, show)
     except (ValueError, OSError, ImportError) as error:
