@@ -113,21 +113,31 @@ def test_needs_only_the_stable_abi() -> None:
     assert [name for name in needed if not re.fullmatch(allowed, name)] == []
 
 
-def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    """csrc/build.py in a copy of the sources, in an interpreter that sees only a stand-in for hatchling."""
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    (tmp_path / "vllm_mqa_sm90").mkdir()
-    interface = tmp_path / "site" / "hatchling" / "builders" / "hooks" / "plugin" / "interface.py"
+def copy_sources(tree: Path) -> Path:
+    """What a build starts from in `tree`; the folder beside it that has a stand-in for hatchling."""
+    shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("*.svg"))
+    (tree / "vllm_mqa_sm90").mkdir()
+    interface = tree / "site" / "hatchling" / "builders" / "hooks" / "plugin" / "interface.py"
     interface.parent.mkdir(parents=True)
     interface.write_text("class BuildHookInterface: pass\n")
+    return tree / "site"
+
+
+def build_in(tree: Path, **environment: str) -> subprocess.CompletedProcess:
+    """csrc/build.py of `tree`, in an interpreter that sees what PYTHONPATH has alone."""
     program = (
         "import runpy, sysconfig; sysconfig.get_path = lambda *_: 'nowhere';"
         "runpy.run_path('csrc/build.py', run_name='__main__')"
     )
     return subprocess.run(
-        [sys.executable, "-S", "-c", program], cwd=tmp_path, capture_output=True, text=True,
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": str(tmp_path), **environment},
-    )  # fmt: skip
+        [sys.executable, "-S", "-c", program], cwd=tree, capture_output=True, text=True, env=environment
+    )
+
+
+def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A build that finds a stand-in for hatchling, what lies in `tmp_path`, and what the environment names."""
+    site = copy_sources(tmp_path)
+    return build_in(tmp_path, **{"PYTHONPATH": str(site), "PATH": str(tmp_path), **environment})
 
 
 def test_no_nvcc_is_one_error_that_says_what_to_install(tmp_path: Path) -> None:
@@ -183,30 +193,19 @@ TOOLKIT_FILES = [
 
 
 def test_nothing_is_compiled_again_unless_something_changed(tmp_path: Path) -> None:
-    tools, log, sources = tmp_path / "tools", tmp_path / "log", tmp_path / "tree" / "csrc"
+    tools, log, tree = tmp_path / "tools", tmp_path / "log", tmp_path / "tree"
     tools.mkdir()
-    shutil.copytree(ROOT / "csrc", sources, ignore=shutil.ignore_patterns("*.svg"))
+    hatchling, sources = copy_sources(tree), tree / "csrc"
     ninja = shutil.which("ninja") or Path(sysconfig.get_path("scripts"), "ninja")
     for name in "sh", "cat":
         (tools / name).symlink_to(shutil.which(name))
     (tools / "ninja").symlink_to(ninja)
     (tools / "g++").write_text('#!/bin/sh\nfor word in "$@"; do out=$word; done; : >"$out"\n')
     (tools / "g++").chmod(0o755)
-    interface = tmp_path / "build" / "hatchling" / "builders" / "hooks" / "plugin" / "interface.py"
-    interface.parent.mkdir(parents=True)
-    interface.write_text("class BuildHookInterface: pass\n")
-    (tmp_path / "tree" / "vllm_mqa_sm90").mkdir()
-    program = (
-        "import runpy, sysconfig; sysconfig.get_path = lambda *_: 'nowhere';"
-        "runpy.run_path('csrc/build.py', run_name='__main__')"
-    )
 
     def compiled(site: Path) -> int:
         log.write_text("")
-        env = {"PYTHONPATH": f"{site}:{tmp_path / 'build'}", "PATH": str(tools), "LOG": str(log)}
-        done = subprocess.run(
-            [sys.executable, "-S", "-c", program], cwd=tmp_path / "tree", capture_output=True, text=True, env=env
-        )
+        done = build_in(tree, PYTHONPATH=f"{site}:{hatchling}", PATH=str(tools), LOG=str(log))
         assert done.returncode == 0, done.stdout + done.stderr
         return len(log.read_text().splitlines())
 
@@ -291,7 +290,12 @@ def test_headers_come_from_one_wheel_and_stay(tmp_path: Path, monkeypatch: pytes
 
 
 def test_headers_that_cannot_be_had_are_one_error(tmp_path: Path) -> None:
+    """Whether this Python has a pip or not, and without asking an index."""
     tools = make_site(tmp_path / "tools") / "nvidia" / "cu13"
+    pip = tmp_path / "site" / "pip" / "__main__.py"
+    pip.parent.mkdir(parents=True)
+    pip.write_text("raise SystemExit('No module named pip')\n")
+    pip.with_name("__init__.py").touch()  # before an installed one
     for name in "g++", "ninja":
         (tmp_path / name).touch(0o755)
     done = run_build(tmp_path, CUDA_HOME=str(tools))

@@ -3,7 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <optional>
+#include <string>
 
 #include "bindings/arguments.h"
 #include "logits/logits.h"

@@ -3,6 +3,7 @@
 // PyTorch 2.11 and later.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
