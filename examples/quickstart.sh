@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup.sh
+trap 'echo "quickstart.sh: stopped; run it again, and it goes on from here" >&2; exit 130' INT
 unset PYTHONPATH
 
 if nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qx 9.0; then
@@ -20,15 +21,20 @@ else
 fi
 
 set_up() {
-  local begun=.venv/setup python uv
+  local begun=.venv/setup again=() part python uv
   command -v "${CXX:-g++}" >/dev/null || fail "found no C++ compiler: install g++ (Debian, Ubuntu: apt-get install g++)"
   echo "setting up .venv with $packages; a first time takes minutes"
   rm -f .venv/ready
   if [ -e "$begun/installing" ]; then
-    # What is there in part counts as installed.
-    [ -e .venv/made-by-quickstart ] ||
-      fail "a set-up was killed while it installed into .venv, which it had not made: remove .venv, or move it away, and run this again"
-    rm -rf .venv/{bin,include,lib,lib64,share,pyvenv.cfg} "$begun/installing"
+    # A stopped installer may leave packages in part, which count as installed for as long as they have this folder.
+    for part in .venv/lib/python3*/site-packages/*.dist-info; do
+      if [ "$part" -nt "$begun/installing" ]; then
+        rm -rf "$part"
+        again+=("$(basename "$part" .dist-info)")
+      fi
+    done
+    [ ${#again[@]} -eq 0 ] || echo "a set-up was stopped while it installed; installing once more: ${again[*]}"
+    rm "$begun/installing"
   fi
   mkdir -p "$begun"
   need_disk . $((size - $(du -sk .venv | cut -f 1) / 1024 / 1024)) "the set-up"
@@ -39,7 +45,6 @@ set_up() {
   uv=$(find_uv "$PWD/$begun" "$python") || fail_uv "$begun"
   # A .venv of others is used as it is, but what is not one would have us install into the Python that made it.
   if ! .venv/bin/python -c 'import os, sys; assert os.path.samefile(sys.prefix, ".venv")' 2>/dev/null; then
-    touch .venv/made-by-quickstart
     # Without a suitable Python, uv downloads one.
     "$uv" venv -q --allow-existing --python "${python:-3.12}" .venv ||
       fail "could not make .venv with ${python:-a Python 3.12 that uv downloads: offline?}, see above" \
@@ -63,11 +68,7 @@ set_up() {
 # install ARGUMENT ...: of `uv pip install`, into .venv.
 install() {
   touch "$begun/installing"
-  "$uv" pip install --python .venv/bin/python "$@" || {
-    # uv downloads all before it installs any, and most often it is that which fails.
-    [ -e .venv/made-by-quickstart ] || rm "$begun/installing"
-    fail_download "$uv" "installing $packages"
-  }
+  "$uv" pip install --python .venv/bin/python "$@" || fail_download "$uv" "installing $packages"
   rm "$begun/installing"
 }
 

@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 UV = """#!/bin/bash
 echo "uv $*" >>"$LOG"
 site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+# As an installer that was killed: a package that has its folder, and not its files.
+half() { mkdir -p "$(site .venv/bin/python)/torch-2.11.0.dist-info"; }
 trouble() { [[ "uv $*" == *"${TROUBLE%%: *}"* && $TROUBLE == *": "* ]] && [[ $TROUBLE == *": $what" ]]; }
 what=offline trouble "$@" && { echo "error sending request" >&2; exit 2; }
 what=fails trouble "$@" && { echo "No space left on device" >&2; exit 2; }
-what=killed trouble "$@" && { kill -9 $PPID; exit 9; }
+what=killed trouble "$@" && { [ "$2" = install ] && half; kill -9 $PPID; exit 9; }
+what=stopped trouble "$@" && { kill -INT $PPID; exit 2; }
 case "$1 $2" in
 venv*) "$PYTHON" -m venv --without-pip .venv ;;
 "pip compile") cat >/dev/null; [[ $TROUBLE != *": offline" ]] ;;
@@ -26,6 +29,7 @@ venv*) "$PYTHON" -m venv --without-pip .venv ;;
   for word in "$@"; do
     case $word in
     pip) printf '%s' "$PIP" >"$(site .venv/bin/python)/pip.py" ;;
+    torch*) [ -e "$(site .venv/bin/python)/torch-2.11.0.dist-info" ] || { half; touch "$(site .venv/bin/python)/torch.py"; } ;;
     *.whl) printf '#!/bin/sh\\necho "command $*" >>"$LOG"\\n' >.venv/bin/vllm-mqa-sm90; chmod +x .venv/bin/vllm-mqa-sm90 ;;
     esac
   done
@@ -107,8 +111,10 @@ def test_a_killed_set_up_goes_on(clone: Clone, point: str) -> None:
     (part,) = [*clone.path.glob(".venv/lib/python3*/site-packages")] or [clone.path]
     (part / "part.py").touch()
     clone.assert_runs()
+    assert (part / "part.py").exists()
+    (site,) = clone.path.glob(".venv/lib/python3*/site-packages")
     # What was installed in part would count as installed.
-    assert (part / "part.py").exists() == (point in ("uv venv", "pip wheel"))
+    assert (site / "torch.py").exists()
     assert len(clone.assert_runs()) == 2
 
 
@@ -127,13 +133,32 @@ def test_compilers_of_a_killed_run_may_still_be_at_work(clone: Clone) -> None:
 
 @pytest.mark.parametrize("point", ["pip torch", "package.whl"])
 def test_killed_while_it_installs_into_a_venv_of_others(clone: Clone, point: str) -> None:
-    (venv(clone) / "lib" / "mine.py").touch()
-    clone.run(f"{point}: killed")
-    status, called, said = clone.run()
-    assert (status, called) == (1, [])
-    assert "a set-up was killed while it installed into .venv, which it had not made: remove .venv" in said
-    assert (clone.path / ".venv" / "lib" / "mine.py").exists()
-    shutil.rmtree(clone.path / ".venv")
+    """What is older than the set-up stays; what is newer is installed once more."""
+    (site,) = venv(clone).glob("lib/python3*/site-packages")
+    (site / "mine.py").touch()
+    (site / "mine-1.0.dist-info").mkdir()
+    status, _, _ = clone.run(f"{point}: killed")
+    assert status == -9
+    called = clone.assert_runs()
+    assert not any(line.startswith("uv venv") for line in called)
+    assert (site / "torch.py").exists() and (site / "mine.py").exists() and (site / "mine-1.0.dist-info").exists()
+    assert len(clone.assert_runs()) == 2
+
+
+def test_killed_while_it_downloads(clone: Clone) -> None:
+    (site,) = venv(clone).glob("lib/python3*/site-packages")
+    (site / "mine-1.0.dist-info").mkdir()
+    (clone.path / ".venv" / "setup").mkdir()
+    (clone.path / ".venv" / "setup" / "installing").touch()
+    clone.assert_runs()
+    assert (site / "mine-1.0.dist-info").exists() and (site / "torch.py").exists()
+
+
+@pytest.mark.parametrize("point", ["uv venv", "pip torch", "package.whl"])
+def test_ctrl_c_says_that_it_goes_on(clone: Clone, point: str) -> None:
+    status, called, said = clone.run(f"{point}: stopped")
+    assert (status, said) == (130, "quickstart.sh: stopped; run it again, and it goes on from here\n")
+    assert not any("demo" in line for line in called)
     clone.assert_runs()
 
 
