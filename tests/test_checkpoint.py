@@ -51,6 +51,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_small(tmp_path_factory.mktemp("small") / "model", "v32", layers=3)
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_files_have_the_mode_of_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        files = list(make_small(tmp_path / "model", "v32", layers=1).iterdir())
+    finally:
+        os.umask(before)
+    assert len(files) > 4 and {oct(file.stat().st_mode & 0o777) for file in files} == {oct(mode)}
+
+
 def shapes_of(arch: str, layers: int) -> dict[str, tuple[int, ...]]:
     architecture = ARCHITECTURES[arch]
     return {t.name: t.shape for shard in architecture.shards(architecture.config(layers, 32)) for t in shard}

@@ -263,6 +263,8 @@ def _write_shards(directory: Path, shards: list[list[Tensor]], seed: int, count:
             save_file(tensors, directory / file, metadata={"format": "pt"})
         except SafetensorError as error:  # such as a full disk
             raise OSError(f"{directory / file} cannot be written: {error}") from error
+        # safetensors leaves what only its owner can read; the marker has the mode that the umask gives.
+        shutil.copymode(directory / _INCOMPLETE, directory / file)
         return dict.fromkeys(tensors, file)
 
     weight_map: dict[str, str] = {}
