@@ -31,6 +31,20 @@ def test_json_is_all_of_stdout() -> None:
     assert [seam["problem"] for seam in report["seams"]] == [None] * len(report["seams"])
 
 
+# PyTorch stands in the way: nothing but what was said before it is imported comes out.
+SAID_FIRST = """
+import sys
+from vllm_mqa_sm90 import cli
+sys.modules["torch"] = None
+cli.main(["check"])
+"""
+
+
+def test_says_at_once_that_it_imports() -> None:
+    done = subprocess.run([sys.executable, "-c", SAID_FIRST], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr.splitlines()[0]) == ("", check.IMPORTING)
+
+
 @pytest.mark.gpu
 def test_takes_over_here() -> None:
     done = check_json()

@@ -3,12 +3,15 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
 from typing import Any
 
 from vllm_mqa_sm90 import machine
+
+IMPORTING = "importing PyTorch and vLLM: seconds, more of them the first time after they were installed"
 
 
 def examine() -> dict[str, Any]:
@@ -91,8 +94,13 @@ def _fact(name: str, value: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0: would take over here; 1: would not."""
-    with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout
-        report = examine()
+    print(IMPORTING, file=sys.stderr, flush=True)
+    gc.disable()  # the imports make a million objects that stay
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to stdout
+            report = examine()
+    finally:
+        gc.enable()
     if args.json:
         print(json.dumps(report, indent=2))
     else:
