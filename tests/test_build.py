@@ -73,9 +73,12 @@ def resources() -> dict[str, dict[str, int]]:
     }
 
 
-def test_every_variant_and_the_plan_are_there(sass: dict[str, str]) -> None:
+def test_every_variant_is_there(sass: dict[str, str]) -> None:
     assert sorted(filter(None, map(variant_of, sass))) == sorted(VARIANTS)
     assert sum("plan_kernel" in kernel for kernel in sass) == 1
+    # CTAs of a row, and of an SM.
+    selections = [re.search(r"selection_kernelILi(\d+)ELi(\d+)E", kernel) for kernel in sass]
+    assert sorted(f"{found[1]}/{found[2]}" for found in selections if found) == ["1/2", "1/3", "16/1", "16/2", "2/1", "2/2", "4/2", "8/2"]
 
 
 def test_scores_are_computed_by_fp8_warpgroup_mma(sass: dict[str, str]) -> None:

@@ -145,6 +145,7 @@ MISUSES = [
         lambda arguments: {**arguments, "max_rows": 2},
         "max_rows: expected None, as plan is that of a uniform step, given 2",
     ),
+    ("k", lambda arguments: {**arguments, "k": 2049}, "k: expected 0 to 2048, given 2049"),
     ("plan without CTAs", change("plan", lambda t: t[:1]), r"plan: expected .*at least one, given shape \[1, 4\]"),
     ("plan strides", change("plan", lambda t: t[::2]), "plan: expected a contiguous tensor"),
     ("plan address", change("plan", misaligned), "plan: expected an address that is a multiple of 16"),
@@ -222,7 +223,7 @@ def test_none_is_no_tensor(name: str) -> None:
         vllm_mqa_sm90.paged_mqa_logits(**{**valid_arguments(), name: None})
 
 
-@pytest.mark.parametrize("name", ["max_context_len", "max_rows"])
+@pytest.mark.parametrize("name", ["max_context_len", "max_rows", "k"])
 def test_what_is_no_int_is_named(name: str) -> None:
     for out in None, valid_arguments()["out"]:
         with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected an int, given str$"):
@@ -236,7 +237,7 @@ def test_what_is_no_tensor_is_named_by_plan(name: str) -> None:
         vllm_mqa_sm90.plan(**{**arguments, name: [0, 6]})
 
 
-@pytest.mark.parametrize("name", ["num_sms", "max_rows"])
+@pytest.mark.parametrize("name", ["num_sms", "max_rows", "k"])
 def test_what_is_no_int_is_named_by_plan(name: str) -> None:
     lens = torch.zeros(6, dtype=torch.int32)
     with pytest.raises(TypeError, match=f"^vllm_mqa_sm90: {name}: expected an int, given float$"):
@@ -296,6 +297,8 @@ LENS = torch.zeros(6, dtype=torch.int32)
         (torch.zeros(3, 2, dtype=torch.int32), {"out": torch.zeros(8, 3, dtype=torch.int32)},
          r"out: expected a uniform plan's shape: .*, given shape \[8, 3\]"),
         (torch.zeros(3, 2, dtype=torch.int32), {"num_sms": 4, "max_rows": 2}, "max_rows: expected None .*, given 2"),
+        (LENS, {"num_sms": 4, "k": -1}, "k: expected 0 to 2048, given -1"),
+        (LENS, {"num_sms": 4, "indices": LENS, "k": 2049}, "k: expected 0 to 2048, given 2049"),
         (LENS, {"num_sms": 4, "indices": LENS, "query_start_loc": LENS},
          "indices: expected either indices or query_start_loc, given both"),
         (LENS, {"num_sms": 4, "indices": LENS, "max_rows": 0}, "max_rows: expected 1 to 8 rows of a group, given 0"),
@@ -323,7 +326,7 @@ def test_plan_op_checks_next_n() -> None:
     ops._load()
     with pytest.raises(RuntimeError, match="next_n: expected 2, as context_lens says, given 3"):
         torch.ops.vllm_mqa_sm90.plan(
-            torch.zeros(3, 2, dtype=torch.int32), 3, False, torch.zeros(ops.plan_shape(1), dtype=torch.int32)
+            torch.zeros(3, 2, dtype=torch.int32), 3, False, 0, torch.zeros(ops.plan_shape(1), dtype=torch.int32)
         )
 
 
@@ -331,7 +334,7 @@ def test_ragged_plan_op_needs_to_be_told_the_groups() -> None:
     ops._load()
     with pytest.raises(RuntimeError, match="indices: expected either indices or query_start_loc, given neither"):
         out = torch.zeros(ops.plan_shape(1, 6), dtype=torch.int32)
-        torch.ops.vllm_mqa_sm90.plan_ragged(LENS, None, None, 8, False, out)
+        torch.ops.vllm_mqa_sm90.plan_ragged(LENS, None, None, 8, False, 0, out)
 
 
 @pytest.mark.parametrize(
@@ -360,11 +363,11 @@ def test_walk_refuses_a_foreign_plan() -> None:
     lens = torch.full((3, 2), 100, dtype=torch.int32)
     out = torch.zeros(6, 5, dtype=torch.int32)
     plan = vllm_mqa_sm90.plan(lens, num_sms=2)
-    torch.ops.vllm_mqa_sm90.walk(plan, lens, None, out)
+    torch.ops.vllm_mqa_sm90.walk(plan, lens, None, 0, out)
     with pytest.raises(RuntimeError, match=r"vllm_mqa_sm90: out: expected shape \[6, 5\], .*given shape \[5, 5\]"):
-        torch.ops.vllm_mqa_sm90.walk(plan, lens, None, out[:5])
-    with pytest.raises(RuntimeError, match="plan: expected a plan for 6 rows in groups of 2, given one for another"):
-        torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens[:2], num_sms=2), lens, None, out)
+        torch.ops.vllm_mqa_sm90.walk(plan, lens, None, 0, out[:5])
+    with pytest.raises(RuntimeError, match="plan: expected a plan for 6 rows in groups of 2, k 0, given one for another"):
+        torch.ops.vllm_mqa_sm90.walk(vllm_mqa_sm90.plan(lens[:2], num_sms=2), lens, None, 0, out)
 
 
 def test_missing_library_says_how_to_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ lengths = st.one_of(
     st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129]),
     st.integers(-(2**31), 4096),
 )
+ks = st.sampled_from([0, 0, 1, 64, 512, 2048])
 
 
 @st.composite
@@ -75,24 +76,26 @@ def ragged_steps(draw: st.DrawFn) -> RaggedStep:
     return ragged_step(requests, by, draw(st.integers(1, 8)), draw(st.integers(0, 30)))
 
 
-def plan_for_ctas(context_lens: torch.Tensor, ctas: int) -> torch.Tensor:
+def plan_for_ctas(context_lens: torch.Tensor, ctas: int, k: int = 0) -> torch.Tensor:
     """A plan for any number of CTAs, odd ones too, poisoned before it is written."""
     out = torch.full(vllm_mqa_sm90.plan_shape(ctas), -7, dtype=torch.int32, device=context_lens.device)
-    return vllm_mqa_sm90.plan(context_lens, out=out)
+    return vllm_mqa_sm90.plan(context_lens, k=k, out=out)
 
 
-def ragged_plan_for_ctas(step: RaggedStep, ctas: int, device: str = "cpu") -> torch.Tensor:
+def ragged_plan_for_ctas(step: RaggedStep, ctas: int, k: int = 0, device: str = "cpu") -> torch.Tensor:
     shape = vllm_mqa_sm90.plan_shape(ctas, len(step.context_lens))
     out = torch.full(shape, -7, dtype=torch.int32, device=device)
     grouping = {name: tensor.to(device) for name, tensor in step.grouping.items()}
-    return vllm_mqa_sm90.plan(step.context_lens.to(device), **grouping, max_rows=step.max_rows, out=out)
+    return vllm_mqa_sm90.plan(step.context_lens.to(device), **grouping, max_rows=step.max_rows, k=k, out=out)
 
 
-def walk(plan: torch.Tensor, context_lens: torch.Tensor, ctas: int, max_rows: int | None = None) -> torch.Tensor:
+def walk(
+    plan: torch.Tensor, context_lens: torch.Tensor, ctas: int, max_rows: int | None = None, k: int = 0
+) -> torch.Tensor:
     """(share, the group's first row, its rows, its request, tile) in the order of the kernel's walk."""
     tiles = int(entries(plan)[1 : vllm_mqa_sm90.plan_shape(ctas)[0], 2].sum())
     out = torch.full((tiles, 5), -7, dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, max_rows, out)
+    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, max_rows, k, out)
     return out
 
 
@@ -103,45 +106,45 @@ def uniform_groups(context_lens: torch.Tensor) -> torch.Tensor:
     return torch.stack([request * next_n, torch.full_like(request, next_n), request, request * 0], dim=1).int()
 
 
-def tiles_of(context_lens: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Every (first row, rows, request, tile) of a step in group order."""
+def tiles_of(context_lens: torch.Tensor, groups: torch.Tensor, k: int) -> torch.Tensor:
+    """Every (first row, rows, request, tile) of a step in group order, but of groups no longer than k."""
     flat = context_lens.flatten().long()
     longest = torch.tensor([int(flat[first : first + rows].max()) for first, rows, *_ in groups.tolist()]).view(-1)
-    per_group = -(-longest.long().clamp(min=0) // TILE)
+    per_group = -(-longest.long().clamp(min=0) // TILE) * (longest > k)
     group = torch.repeat_interleave(torch.arange(len(per_group)), per_group)
     first = (per_group.cumsum(0) - per_group)[group]
     return torch.cat([groups[group, :3].int(), (torch.arange(len(group)) - first).int().unsqueeze(1)], dim=1)
 
 
-VERSION = 2  # of the plan's layout
+VERSION = 3  # of the plan's layout
 
 
-def check(context_lens: torch.Tensor, ctas: int) -> None:
-    check_shares(plan_for_ctas(context_lens, ctas), context_lens, uniform_groups(context_lens), ctas)
+def check(context_lens: torch.Tensor, ctas: int, k: int = 0) -> None:
+    check_shares(plan_for_ctas(context_lens, ctas, k), context_lens, uniform_groups(context_lens), ctas, k)
 
 
-def check_ragged(step: RaggedStep, ctas: int) -> None:
-    plan, groups = ragged_plan_for_ctas(step, ctas), step.groups()
+def check_ragged(step: RaggedStep, ctas: int, k: int = 0) -> None:
+    plan, groups = ragged_plan_for_ctas(step, ctas, k), step.groups()
     table = torch.zeros(len(step.context_lens), 4, dtype=torch.int32)
     table[groups[:, 0].long()] = groups
     assert torch.equal(group_table(plan, ctas, len(table)), table)
     assert not entries(plan)[vllm_mqa_sm90.plan_shape(ctas)[0] + len(table) :].any()
-    check_shares(plan, step.context_lens, groups, ctas, step.max_rows)
+    check_shares(plan, step.context_lens, groups, ctas, k, step.max_rows)
 
 
 def check_shares(
-    plan: torch.Tensor, context_lens: torch.Tensor, groups: torch.Tensor, ctas: int, max_rows: int | None = None
+    plan: torch.Tensor, context_lens: torch.Tensor, groups: torch.Tensor, ctas: int, k: int, max_rows: int | None = None
 ) -> None:
     """With `max_rows` of a ragged plan."""
     header, shares = entries(plan)[0].tolist(), entries(plan)[1 : vllm_mqa_sm90.plan_shape(ctas)[0]]
-    visits = walk(plan, context_lens, ctas, max_rows)
+    visits = walk(plan, context_lens, ctas, max_rows, k)
     # In group order, every (group, tile) exactly once: so each share is contiguous too.
-    assert torch.equal(visits[:, 1:], tiles_of(context_lens, groups))
+    assert torch.equal(visits[:, 1:], tiles_of(context_lens, groups, k))
     assert torch.equal(visits[:, 0], visits[:, 0].sort().values)
     assert torch.equal(torch.bincount(visits[:, 0], minlength=len(shares)), shares[:, 2].long())
 
     own, spare = shares[:ctas, 2], shares[ctas : ctas + header[1], 2]
-    kind = VERSION << 16 | (context_lens.shape[1] if max_rows is None else 1 << 8 | max_rows) | (not len(visits)) << 10
+    kind = VERSION << 24 | k << 12 | (context_lens.shape[1] if max_rows is None else 1 << 8 | max_rows) | (not len(visits)) << 10
     assert header == [0, len(spare), context_lens.numel(), kind] and not shares[ctas + len(spare) :].any()
     assert int(own.max() - own.min()) <= 1
     expected = min(len(visits) // 8 // 4, 4 * ctas) if len(visits) >= 16 * ctas else 0
@@ -151,9 +154,9 @@ def check_shares(
 
 
 @settings(max_examples=300, deadline=None)
-@given(steps(), st.integers(1, 300))
-def test_every_tile_once_and_balanced(context_lens: torch.Tensor, ctas: int) -> None:
-    check(context_lens, ctas)
+@given(steps(), st.integers(1, 300), ks)
+def test_every_tile_once_and_balanced(context_lens: torch.Tensor, ctas: int, k: int) -> None:
+    check(context_lens, ctas, k)
 
 
 @settings(max_examples=30, deadline=None)
@@ -211,9 +214,9 @@ def test_flat_lengths_are_groups_of_one() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(ragged_steps(), st.integers(1, 300))
-def test_ragged_every_tile_once_and_balanced(step: RaggedStep, ctas: int) -> None:
-    check_ragged(step, ctas)
+@given(ragged_steps(), st.integers(1, 300), ks)
+def test_ragged_every_tile_once_and_balanced(step: RaggedStep, ctas: int, k: int) -> None:
+    check_ragged(step, ctas, k)
 
 
 def random_requests(count: int, most_rows: int, low: int, high: int, seed: int) -> list[list[int]]:
@@ -277,6 +280,15 @@ def test_a_ragged_plan_serves_launches_for_groups_as_wide_or_wider() -> None:
     assert vllm_mqa_sm90.plan_shape(7, 25) == vllm_mqa_sm90.plan_shape(7, 24) == plan.shape
     with pytest.raises(RuntimeError, match="plan: expected a plan for 25 rows in groups of at most 3"):
         walk(plan, torch.cat([step.context_lens, step.context_lens[:1]]), 7, 3)
+
+
+def test_a_plan_for_another_k_is_refused() -> None:
+    lens = torch.full((8, 3), 1000, dtype=torch.int32)
+    for k, other in (0, 512), (512, 0), (512, 511):
+        plan = vllm_mqa_sm90.plan(lens, k=k, num_sms=7)
+        assert len(walk(plan, lens, 7, k=k)) == 8 * 16
+        with pytest.raises(RuntimeError, match=f"plan: expected a plan for 24 rows in groups of 3, k {other}, given one for"):
+            walk(plan, lens, 7, k=other)
 
 
 @pytest.mark.parametrize("by", [None, "indices", "query_start_loc"])
@@ -406,8 +418,9 @@ def test_device_plan_equals_host_plan(groups: int, next_n: int) -> None:
     for high in 2, 300, 140000:
         context_lens = torch.randint(-high // 2, high, (groups, next_n), dtype=torch.int32)
         for ctas in 1, 2, 132, 1025:
-            expected = plan_for_ctas(context_lens, ctas)
-            assert torch.equal(plan_for_ctas(context_lens.cuda(), ctas).cpu(), expected), (high, ctas)
+            k = 512 * (ctas % 2)
+            expected = plan_for_ctas(context_lens, ctas, k)
+            assert torch.equal(plan_for_ctas(context_lens.cuda(), ctas, k).cpu(), expected), (high, ctas)
 
 
 @pytest.mark.gpu
@@ -420,8 +433,9 @@ def test_device_ragged_plan_equals_host_plan(count: int, by: str) -> None:
         for max_rows in 1, 3, 8:
             step = ragged_step(requests, by, max_rows, padding=count % 40)
             for ctas in 1, 2, 132, 1025:
-                given = ragged_plan_for_ctas(step, ctas, "cuda").cpu()
-                assert torch.equal(given, ragged_plan_for_ctas(step, ctas)), (most_rows, max_rows, ctas)
+                k = 512 * (ctas % 2)
+                given = ragged_plan_for_ctas(step, ctas, k, "cuda").cpu()
+                assert torch.equal(given, ragged_plan_for_ctas(step, ctas, k)), (most_rows, max_rows, ctas)
 
 
 @pytest.mark.gpu

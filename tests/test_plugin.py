@@ -523,7 +523,7 @@ def test_a_graph_of_more_rows_may_replay_over_a_step(schedules: list[Any]) -> No
     assert shorter.schedule_metadata.data_ptr() == graph[0].data_ptr()
     assert graph[1].tolist() == [[299, 300], [399, 400], *[[0, 0]] * 6]
     visits = torch.zeros(5 + 7, 5, dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(graph[0], graph[1], None, visits)
+    torch.ops.vllm_mqa_sm90.walk(graph[0], graph[1], None, 0, visits)
     assert visits[:, 1].unique().tolist() == [0, 2]
 
 
@@ -535,7 +535,7 @@ def test_an_empty_micro_batch_does_nothing_in_a_graph_of_uniform_steps(schedules
     empty = builder.build(0, make_step([300] * 13, [0] * 13, tokens=12)).decode
     as_captured = empty.schedule_metadata.view(-1, 4)[: len(captured.schedule_metadata)]
     assert as_captured.data_ptr() == captured.schedule_metadata.data_ptr()
-    torch.ops.vllm_mqa_sm90.walk(as_captured, captured.seq_lens, None, torch.zeros(0, 5, dtype=torch.int32))
+    torch.ops.vllm_mqa_sm90.walk(as_captured, captured.seq_lens, None, 0, torch.zeros(0, 5, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("tokens", [0, 2])

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paged MQA logits of DeepSeek Sparse Attention's indexer on Hopper, for up to eight query rows a group."""
+"""DeepSeek Sparse Attention's indexer on Hopper: paged MQA logits for up to eight query rows a group, and their top-k."""
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, PAGE_SIZES
+from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, MAX_TOPK, PAGE_SIZES
 
 if TYPE_CHECKING:
-    from vllm_mqa_sm90.ops import launch_counts, paged_mqa_logits, plan, plan_shape, row_context_lens
+    from vllm_mqa_sm90.ops import index_topk, launch_counts, paged_mqa_logits, plan, plan_shape, row_context_lens, topk_indices
 
-_OPS = ("launch_counts", "paged_mqa_logits", "plan", "plan_shape", "row_context_lens")
+_OPS = ("index_topk", "launch_counts", "paged_mqa_logits", "plan", "plan_shape", "row_context_lens", "topk_indices")
 
-__all__ = ["HEADS", "HEAD_DIM", "MAX_NEXT_N", "PAGE_SIZES", *_OPS]
+__all__ = ["HEADS", "HEAD_DIM", "MAX_NEXT_N", "MAX_TOPK", "PAGE_SIZES", *_OPS]
 
 
 def __getattr__(name: str) -> Any:

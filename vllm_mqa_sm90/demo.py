@@ -199,7 +199,7 @@ def run_on_cpu(console: Console, num_sms: int = H100_SMS) -> int:
 
     plan = vllm_mqa_sm90.plan(context_lens, num_sms=num_sms)
     visits = torch.empty((int(plan[1:, 2].sum()), 5), dtype=torch.int32)
-    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, None, visits)
+    torch.ops.vllm_mqa_sm90.walk(plan, context_lens, None, 0, visits)
     logits = torch.full((len(context_lens) * next_n, -(-longest // TILE) * TILE), float("nan"))
     for _, first_row, count, request, tile in visits.tolist():
         keys, scales = reference.split_pages(kv_cache[block_table[request, tile]].unsqueeze(0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, PAGE_SIZES, TOKEN_BYTES  # noqa: F401: others have them from here
+from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, MAX_TOPK, PAGE_SIZES, TOKEN_BYTES  # noqa: F401: others have them from here
 
 UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
 """What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/shared/params.h."""
@@ -38,7 +38,7 @@ def _load() -> None:
         )
     torch.ops.load_library(_LIBRARY)
     # The ops only write into `out`: under tracing there is nothing to make.
-    for op in "row_lens", "plan", "plan_ragged", "paged_mqa_logits":
+    for op in "row_lens", "plan", "plan_ragged", "paged_mqa_logits", "topk_indices":
         torch.library.register_fake(f"vllm_mqa_sm90::{op}", lambda *_: None)
     _loaded = True
 
@@ -128,6 +128,7 @@ def plan(
     query_start_loc: torch.Tensor | None = None,
     max_rows: int | None = None,
     padded: bool = False,
+    k: int = 0,
     num_sms: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -155,15 +156,17 @@ def plan(
         padded: launches with this plan may have more rows than it, which are padding, as a CUDA graph
             has that was captured for more; with the shape that a plan of so many has. And where no row
             has tokens, launches of any kind: they do nothing. Else the rows must be the same.
+        k: for `index_topk`, 1 to 2048: groups whose rows all have at most k tokens have no tiles, as the k
+            best of them are all. 0: all groups with tokens have tiles.
         num_sms: SMs to plan for; default: `out`'s, else all of the device's.
         out: int32 `plan_shape(num_sms)`, for a ragged step `plan_shape(num_sms, T)`; contiguous,
             on the same device: where to write the plan.
 
     Returns:
         `out`, or a new tensor like it. Its memory is a line of entries of four int32. The first says
-        what the plan is: `{0, spare shares, T, 2 << 16 | no tile << 10 | padded << 9 | ragged << 8 | rows
-        of a group}`, of a uniform step's groups next_n, of a ragged one's `max_rows`. Then come the CTAs' shares, then the spare
-        ones: `{first row of the first group, first tile in it, number of tiles, that group's rows + 16 *
+        what the plan is: `{0, spare shares, T, 3 << 24 | k << 12 | no tile << 10 | padded << 9 | ragged << 8
+        | rows of a group}`, of a uniform step's groups next_n, of a ragged one's `max_rows`. Then come the CTAs' shares,
+        then the spare ones: `{first row of the first group, first tile in it, number of tiles, that group's rows + 16 *
         request}`. A ragged plan goes on with the group table, an entry for each row of the step: `{first
         row, rows, request, 0}` where a group starts, else zeros, and one or two entries of zeros.
 
@@ -171,12 +174,13 @@ def plan(
         TypeError: an argument that is no tensor, or no int: named.
         ValueError: num_sms is missing (CPU tensors without `out`), not positive, or not that of `out`;
             `max_rows` is given for a uniform step.
-        RuntimeError: a wrong dtype, device, shape, stride or `max_rows`, both `indices` and
+        RuntimeError: a wrong dtype, device, shape, stride, `max_rows` or `k`, both `indices` and
             `query_start_loc`: named. 2^31 tiles or more a CTA: on the CPU; on a GPU the launch stops
             with an error.
     """
     check_tensors(("context_lens", context_lens))
     check_tensors(("indices", indices), ("query_start_loc", query_start_loc), ("out", out), optional=True)
+    check_ints(("k", k))
     check_ints(("max_rows", max_rows), ("num_sms", num_sms), optional=True)
     _load()
     ragged = indices is not None or query_start_loc is not None
@@ -196,10 +200,10 @@ def plan(
             raise ValueError(f"out: expected shape {shape} for num_sms {num_sms}, given {tuple(out.shape)}")
     if ragged:
         rows = MAX_NEXT_N if max_rows is None else max_rows
-        torch.ops.vllm_mqa_sm90.plan_ragged(context_lens, indices, query_start_loc, rows, padded, out)
+        torch.ops.vllm_mqa_sm90.plan_ragged(context_lens, indices, query_start_loc, rows, padded, k, out)
     else:
         next_n = context_lens.shape[1] if context_lens.dim() == 2 else 1
-        torch.ops.vllm_mqa_sm90.plan(context_lens, next_n, padded, out)
+        torch.ops.vllm_mqa_sm90.plan(context_lens, next_n, padded, k, out)
     return out
 
 
@@ -213,6 +217,7 @@ def paged_mqa_logits(
     *,
     max_context_len: int,
     max_rows: int | None = None,
+    k: int = 0,
     clean_logits: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -249,11 +254,12 @@ def paged_mqa_logits(
             that is no page within a context reads as keys of zeros.
         plan: what `plan` returned for the same lengths, and `indices` or `query_start_loc`. The kernel
             counts in it while it runs: launches that may overlap, on two streams, need a plan each. A
-            plan for another T, next_n or kind of step, or never made, stops the launch with an error, but for
+            plan for another T, next_n, k or kind of step, or never made, stops the launch with an error, but for
             what `plan` says of `padded` ones.
         max_context_len: columns of the result.
         max_rows: for a ragged step, the plan's (default 8) or more: chooses the kernel, which works in
             vain where groups have fewer rows. A plan for wider groups stops the launch with an error.
+        k: the plan's. The logits of groups whose rows all have at most k tokens are unspecified.
         clean_logits: sets every column at and past its row's length to -inf, and past the block table,
             and padding rows whole, by one more launch; else those columns are unspecified.
         out: float32 `[T, max_context_len]`, last stride 1: where to write.
@@ -271,7 +277,7 @@ def paged_mqa_logits(
         ("block_table", block_table), ("plan", plan),
     )  # fmt: skip
     check_tensors(("out", out), optional=True)
-    check_ints(("max_context_len", max_context_len))
+    check_ints(("max_context_len", max_context_len), ("k", k))
     check_ints(("max_rows", max_rows), optional=True)
     _load()
     if out is None:
@@ -279,9 +285,82 @@ def paged_mqa_logits(
         padded = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         out = torch.empty((context_lens.numel(), padded), dtype=torch.float32, device=context_lens.device)[:, :columns]
     torch.ops.vllm_mqa_sm90.paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, clean_logits, out
+        q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, k, clean_logits, out
     )
     return out
+
+
+def topk_indices(
+    logits: torch.Tensor, context_lens: torch.Tensor, k: int, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of each row of logits the indices of the k largest, exactly and in ascending order.
+
+    Of equal logits the one with the lower index is the larger; -0 equals +0; NaN is larger than all others (as
+    in `torch.topk`), and all NaN are equal. So a row's indices, their order included, depend on its own logits
+    alone: not on the batch, or on how many CTAs a row has. Reads no logit past a row's length. Asynchronous on the
+    current stream; CUDA graphs may capture it, and lengths may change between replays.
+
+    All tensors are on one GPU of compute capability 9.0.
+
+    Args:
+        logits: float32 `[T, W]`, W at most 2^30, last stride 1, rows a multiple of 4 columns apart, on a
+            16-byte boundary: as `paged_mqa_logits` makes them.
+        context_lens: int32 with T elements, contiguous: `[T]` or `[B, next_n]`. Logits of each row; W where more;
+            0 or negative, whatever the value, marks a padding row.
+        k: 1 to 2048.
+        out: int32 `[T, k]`, last stride 1: where to write.
+
+    Returns:
+        `out`, or a new tensor like it. Rows of at most k logits have all their indices, then -1.
+
+    Raises:
+        TypeError: an argument that is no tensor, or no int: named.
+        RuntimeError: a wrong dtype, device, shape, stride, alignment or k: named.
+    """
+    check_tensors(("logits", logits), ("context_lens", context_lens))
+    check_tensors(("out", out), optional=True)
+    check_ints(("k", k))
+    _load()
+    if out is None:
+        out = torch.empty((context_lens.numel(), max(k, 0)), dtype=torch.int32, device=logits.device)
+    torch.ops.vllm_mqa_sm90.topk_indices(logits, context_lens, k, out)
+    return out
+
+
+def index_topk(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: torch.Tensor,
+    k: int,
+    *,
+    max_context_len: int,
+    max_rows: int | None = None,
+    logits: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The indexer's decode step, from queries and cache to the k tokens of each row with the best index scores.
+
+    `paged_mqa_logits`, then `topk_indices`, two launches of which the second overlaps the end of the first.
+
+    Args:
+        q, kv_cache, weights, context_lens, block_table, max_context_len, max_rows: as for `paged_mqa_logits`.
+        plan: what `plan` returned for the same lengths and this k, and `indices` or `query_start_loc`.
+        k: 1 to 2048.
+        logits: float32 `[T, max_context_len]` as for `topk_indices`: workspace, unspecified afterwards.
+        out: int32 `[T, k]`, last stride 1: where to write.
+
+    Returns:
+        `out`, or a new tensor like it: tokens in ascending order; of rows of at most k tokens all, then -1.
+
+    Raises:
+        TypeError, RuntimeError: as these two.
+    """
+    options = {"max_context_len": max_context_len, "max_rows": max_rows, "k": k}
+    logits = paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, plan, **options, out=logits)
+    return topk_indices(logits, context_lens, k, out=out)
 
 
 def launch_counts(device: torch.device | str | int | None = None) -> dict[int, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: paged MQA logits in plain PyTorch FP32, on any device."""
+"""The oracles: paged MQA logits and their selection in plain PyTorch FP32, on any device."""
 
 import itertools
 
@@ -84,6 +84,34 @@ def paged_mqa_logits(
             logits[first:end, start:stop] = sums * scales
         logits[first:end].masked_fill_(positions >= lens[first:end, None], float("-inf"))
     return logits
+
+
+def topk_indices(logits: torch.Tensor, context_lens: torch.Tensor, k: int) -> torch.Tensor:
+    """What `vllm_mqa_sm90.topk_indices` selects, by a stable sort of each row: int32 `[T, k]`.
+
+    Arguments as there; tensors may have any strides and lie on any device, k may be any number. Synchronises.
+
+    Raises:
+        TypeError: an argument that is no tensor, or no int: named.
+        ValueError: a wrong dtype, device or shape: named.
+    """
+    check_tensors(("logits", logits), ("context_lens", context_lens))
+    check_ints(("k", k))
+    _expect(logits.dtype == torch.float32, "logits", "dtype torch.float32", f"dtype {logits.dtype}")
+    _expect(logits.dim() == 2, "logits", "shape [T, W]", _shape(logits))
+    _expect(context_lens.dtype == torch.int32, "context_lens", "dtype torch.int32", f"dtype {context_lens.dtype}")
+    fits = context_lens.numel() == len(logits)
+    _expect(fits, "context_lens", f"{len(logits)} elements, a length for each row of logits", _shape(context_lens))
+    given = f"device {context_lens.device}"
+    _expect(context_lens.device == logits.device, "context_lens", f"device {logits.device}, as logits", given)
+    _expect(k >= 1, "k", "at least 1", k)
+    indices = torch.full((len(logits), k), -1, dtype=torch.int32, device=logits.device)
+    for row, length in enumerate(context_lens.flatten().clamp(0, logits.shape[1]).tolist()):
+        # Equal ones keep their order, and NaN comes first, but on a GPU not the negative one.
+        values = logits[row, :length]
+        best = values.masked_fill(values.isnan(), torch.nan).sort(descending=True, stable=True).indices[:k]
+        indices[row, : len(best)] = best.sort().values.int()
+    return indices
 
 
 def _check(

@@ -9,5 +9,7 @@ HEADS = (16, 32, 64)
 """Numbers of query heads that the kernel is compiled for."""
 PAGE_SIZES = (32, 64)
 """Tokens per page of the KV cache."""
+MAX_TOPK = 2048
+"""Most logits of a row that are selected."""
 MAX_NEXT_N = 8
 """Most query rows of one group: those of a request in a uniform step."""

@@ -10,6 +10,7 @@
 
 #include "bindings/arguments.h"
 #include "logits/logits.h"
+#include "selection/selection.h"
 #include "shared/schedule.cuh"
 
 namespace mqa_sm90 {
@@ -19,6 +20,12 @@ constexpr int kTokenBytes = kHeadDim + kScaleBytes;
 
 void require_max_rows(int64_t max_rows) {
   require(max_rows >= 1 && max_rows <= kMaxGroupRows, "max_rows", max_rows, "1 to ", kMaxGroupRows, " rows of a group");
+}
+
+// 0, where allowed: no row is too short for a selection.
+int32_t check_k(int64_t k, int64_t least) {
+  require(k >= least && k <= kMaxTopK, "k", k, least, " to ", kMaxTopK);
+  return static_cast<int32_t>(k);
 }
 
 // What context_lens says of a uniform step: [groups, next_n], or [rows] of next_n 1.
@@ -93,7 +100,7 @@ void require_kv_cache(const Argument& kv_cache) {
 // Everything about a step's logits that does not need a GPU to be checked.
 LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                           const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                          std::optional<int64_t> max_rows, const Tensor& out) {
+                          std::optional<int64_t> max_rows, int64_t k, const Tensor& out) {
   const Argument q_argument{"q", q}, kv_argument{"kv_cache", kv_cache}, weights_argument{"weights", weights},
       lens_argument{"context_lens", context_lens}, table_argument{"block_table", block_table},
       out_argument{"out", out};
@@ -150,6 +157,7 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   LogitsParams params{};
   params.rows = step.rows;
   params.max_rows = step.max_rows;
+  params.k = check_k(k, 0);
   params.requests = static_cast<int32_t>(block_table.size(0));
   params.heads = static_cast<int32_t>(heads);
   params.page_size = static_cast<int32_t>(kv_cache.size(1));
@@ -163,10 +171,43 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
   return params;
 }
 
-StepRows check_uniform_plan(const Tensor& context_lens, int64_t next_n, bool padded, const Tensor& out) {
+// Everything about a selection that does not need a GPU to be checked.
+SelectionParams check_selection(const Tensor& logits, const Tensor& context_lens, int64_t k, const Tensor& out) {
+  const Argument logits_argument{"logits", logits}, lens_argument{"context_lens", context_lens}, out_argument{"out", out};
+  constexpr int64_t kFloats = kAlignment / sizeof(float);
+  require_dtype(logits_argument, ScalarType::Float);
+  require(logits.dim() == 2 && logits.size(0) < kMaxRequests && logits.size(1) <= kMaxColumns, logits_argument, shape_of,
+          "shape [T, W], T fewer than ", kMaxRequests, ", W at most 2^30");
+  const int64_t rows = logits.size(0);
+  require(logits.size(1) <= 1 || logits.stride(1) == 1, logits_argument, strides_of, "a last stride of 1");
+  require(rows <= 1 || (logits.stride(0) >= logits.size(1) && logits.stride(0) % kFloats == 0), logits_argument,
+          strides_of, "rows that do not overlap, a multiple of ", kFloats, " columns apart");
+  require_aligned(logits_argument);
+  require_same_device(lens_argument, logits_argument);
+  require_dtype(lens_argument, ScalarType::Int);
+  require(context_lens.numel() == rows, lens_argument, shape_of, rows, " elements, a length for each row of logits");
+  require_contiguous(lens_argument);
+  const int32_t wanted = check_k(k, 1);
+  require_same_device(out_argument, logits_argument);
+  require_dtype(out_argument, ScalarType::Int);
+  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == k, out_argument, shape_of, "shape [", rows, ", ", k, "]");
+  require(k == 1 || out.stride(1) == 1, out_argument, strides_of, "a last stride of 1");
+  require(rows <= 1 || out.stride(0) >= k, out_argument, strides_of, "rows that do not overlap");
+
+  SelectionParams params{};
+  params.rows = static_cast<int32_t>(rows);
+  params.columns = static_cast<int32_t>(logits.size(1));
+  params.k = wanted;
+  params.logits_stride = logits.stride(0);
+  params.indices_stride = out.stride(0);
+  return params;
+}
+
+StepRows check_uniform_plan(const Tensor& context_lens, int64_t next_n, bool padded, int64_t k, const Tensor& out) {
   const Argument lens_argument{"context_lens", context_lens};
   StepRows step = check_context_lens(lens_argument);
   step.padded = padded;
+  step.k = check_k(k, 0);
   require(next_n == step.max_rows, "next_n", next_n, step.max_rows, ", as context_lens says");
   check_plan({"out", out}, lens_argument, false);
   return step;
@@ -194,11 +235,12 @@ RequestLens check_row_lens(const Tensor& seq_lens, const Tensor& query_start_loc
 }
 
 StepRows check_ragged_plan(const Tensor& context_lens, const std::optional<Tensor>& indices,
-                           const std::optional<Tensor>& query_start_loc, int64_t max_rows, bool padded,
+                           const std::optional<Tensor>& query_start_loc, int64_t max_rows, bool padded, int64_t k,
                            const Tensor& out) {
   const Argument lens_argument{"context_lens", context_lens};
   StepRows step = check_ragged_context_lens(lens_argument, max_rows);
   step.padded = padded;
+  step.k = check_k(k, 0);
   if (indices.has_value() == query_start_loc.has_value()) {
     fail("indices", indices ? "both" : "neither", "either indices or query_start_loc");
   }

@@ -71,22 +71,22 @@ void plan_here(const StepRows& step, const Tensor& out) {
        " tokens a CTA");
 }
 
-void plan_cuda(const Tensor& context_lens, int64_t next_n, bool padded, const Tensor& out) {
-  plan_on_device(check_uniform_plan(context_lens, next_n, padded, out), out);
+void plan_cuda(const Tensor& context_lens, int64_t next_n, bool padded, int64_t k, const Tensor& out) {
+  plan_on_device(check_uniform_plan(context_lens, next_n, padded, k, out), out);
 }
 
-void plan_cpu(const Tensor& context_lens, int64_t next_n, bool padded, const Tensor& out) {
-  plan_here(check_uniform_plan(context_lens, next_n, padded, out), out);
+void plan_cpu(const Tensor& context_lens, int64_t next_n, bool padded, int64_t k, const Tensor& out) {
+  plan_here(check_uniform_plan(context_lens, next_n, padded, k, out), out);
 }
 
 void plan_ragged_cuda(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
-                      int64_t max_rows, bool padded, const Tensor& out) {
-  plan_on_device(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, padded, out), out);
+                      int64_t max_rows, bool padded, int64_t k, const Tensor& out) {
+  plan_on_device(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, padded, k, out), out);
 }
 
 void plan_ragged_cpu(const Tensor& context_lens, std::optional<Tensor> indices, std::optional<Tensor> query_start_loc,
-                     int64_t max_rows, bool padded, const Tensor& out) {
-  plan_here(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, padded, out), out);
+                     int64_t max_rows, bool padded, int64_t k, const Tensor& out) {
+  plan_here(check_ragged_plan(context_lens, indices, query_start_loc, max_rows, padded, k, out), out);
 }
 
 const Group* table_of(const Tensor& plan, int32_t num_ctas) {
@@ -98,9 +98,9 @@ void check_kv_cache(const Tensor& kv_cache) { require_kv_cache({"kv_cache", kv_c
 
 void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                  const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                 std::optional<int64_t> max_rows, bool clean_logits, const Tensor& out) {
+                 std::optional<int64_t> max_rows, int64_t k, bool clean_logits, const Tensor& out) {
   LogitsParams params =
-      check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
+      check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, k, out);
   const int32_t device = q.get_device_index();
   require_sm90(device);
   if (params.rows == 0 || params.max_context_len == 0) return;
@@ -121,9 +121,26 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
 // CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
 void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
-                std::optional<int64_t> max_rows, bool, const Tensor& out) {
-  check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, out);
+                std::optional<int64_t> max_rows, int64_t k, bool, const Tensor& out) {
+  check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, k, out);
   fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
+}
+
+void topk_indices_cuda(const Tensor& logits, const Tensor& context_lens, int64_t k, const Tensor& out) {
+  SelectionParams params = check_selection(logits, context_lens, k, out);
+  const int32_t device = out.get_device_index();
+  require_sm90(device);
+  if (params.rows == 0) return;
+  params.logits = data<float>(logits);
+  params.context_lens = data<int32_t>(context_lens);
+  params.indices = data<int32_t>(out);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_cuda(launch_selection(params, current_stream(device)), "launch of the selection kernel");
+}
+
+void topk_indices_cpu(const Tensor& logits, const Tensor& context_lens, int64_t k, const Tensor& out) {
+  check_selection(logits, context_lens, k, out);
+  fail("logits", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
 }
 
 std::vector<int64_t> launch_counts(int64_t device) {
@@ -137,19 +154,21 @@ std::vector<int64_t> launch_counts(int64_t device) {
 
 // The tiles that the kernel's walk over `plan` visits, as rows (share, the group's first row, its rows, its
 // request, tile) of `out`, which has one row for each. The step is that of a launch.
-void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t> max_rows, const Tensor& out) {
+void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t> max_rows, int64_t k,
+          const Tensor& out) {
   const Argument plan_argument{"plan", plan}, lens_argument{"context_lens", context_lens}, out_argument{"out", out};
   const bool ragged = is_ragged(plan);
   const StepRows step = ragged ? check_ragged_context_lens(lens_argument, max_rows.value_or(kMaxGroupRows))
                                : check_context_lens(lens_argument);
   check_plan(plan_argument, lens_argument, ragged);
+  const int32_t least = check_k(k, 0);
   require_same_device(out_argument, lens_argument);
   require_dtype(out_argument, ScalarType::Int);
   require_contiguous(out_argument);
   const auto& header = *data<PlanHeader>(plan);
-  if (!header.fits(ragged, step.rows, step.max_rows)) {
+  if (!header.fits(ragged, step.rows, step.max_rows, least)) {
     fail("plan", "one for another", "a plan for ", step.rows, " rows in groups of ", ragged ? "at most " : "",
-         step.max_rows);
+         step.max_rows, ", k ", least);
   }
 
   const auto num_ctas = static_cast<int32_t>(ctas_of(plan, step.rows));
@@ -159,7 +178,7 @@ void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t>
   for (int32_t s = 0; s < share_entries(num_ctas) - 1; ++s) {
     for (Walk walk(shares[s]); !walk.done();) {
       const Group group = walk.group;
-      const Segment segment = walk.next(tiles_of_group(step.context_lens, group), groups.after(group));
+      const Segment segment = walk.next(tiles_of_group(step.context_lens, group, least), groups.after(group));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
         visits.insert(visits.end(), {s, group.first_row, group.rows, group.request, segment.first_tile + i});
       }
@@ -175,16 +194,17 @@ void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t>
 
 STABLE_TORCH_LIBRARY(vllm_mqa_sm90, library) {
   library.def("row_lens(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out) -> ()");
-  library.def("plan(Tensor context_lens, int next_n, bool padded, Tensor(a!) out) -> ()");
+  library.def("plan(Tensor context_lens, int next_n, bool padded, int k, Tensor(a!) out) -> ()");
   library.def(
-      "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, bool padded, "
+      "plan_ragged(Tensor context_lens, Tensor? indices, Tensor? query_start_loc, int max_rows, bool padded, int k, "
       "Tensor(a!) out) -> ()");
   library.def(
       "paged_mqa_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-      "Tensor(a!) plan, int max_context_len, int? max_rows, bool clean_logits, Tensor(b!) out) -> ()");
+      "Tensor(a!) plan, int max_context_len, int? max_rows, int k, bool clean_logits, Tensor(b!) out) -> ()");
   library.def("check_kv_cache(Tensor kv_cache) -> ()");
+  library.def("topk_indices(Tensor logits, Tensor context_lens, int k, Tensor(a!) out) -> ()");
   library.def("launch_counts(int device) -> int[]");
-  library.def("walk(Tensor plan, Tensor context_lens, int? max_rows, Tensor(a!) out) -> ()");
+  library.def("walk(Tensor plan, Tensor context_lens, int? max_rows, int k, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CUDA, library) {
@@ -192,6 +212,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CUDA, library) {
   library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cuda));
   library.impl("plan_ragged", TORCH_BOX(&mqa_sm90::plan_ragged_cuda));
   library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cuda));
+  library.impl("topk_indices", TORCH_BOX(&mqa_sm90::topk_indices_cuda));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CPU, library) {
@@ -199,6 +220,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_mqa_sm90, CPU, library) {
   library.impl("plan", TORCH_BOX(&mqa_sm90::plan_cpu));
   library.impl("plan_ragged", TORCH_BOX(&mqa_sm90::plan_ragged_cpu));
   library.impl("paged_mqa_logits", TORCH_BOX(&mqa_sm90::logits_cpu));
+  library.impl("topk_indices", TORCH_BOX(&mqa_sm90::topk_indices_cpu));
   library.impl("walk", TORCH_BOX(&mqa_sm90::walk));
 }
 

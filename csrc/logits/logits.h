@@ -22,6 +22,7 @@ struct LogitsParams {
 
   int32_t rows, heads;
   int32_t max_rows;             // of a group; a uniform step's groups all have so many
+  int32_t k;                    // the plan's: groups of rows with at most so many tokens have no logits
   int32_t requests;
   int32_t page_size;            // tokens per page: 32 or 64
   int64_t num_pages;

@@ -101,12 +101,12 @@ __device__ void produce_queries(const LogitsParams& p, const CUtensorMap& q_map,
     ahead.load(p, walk.group);
     following.load(p, walk.group);
     // Another step's plan, or none, leads anywhere: nothing is stored before the queries are there.
-    if (!words.get().fits(p.group_table != nullptr, p.rows, p.max_rows)) __trap();
+    if (!words.get().fits(p.group_table != nullptr, p.rows, p.max_rows, p.k)) __trap();
 
     while (!walk.done()) {
       const Lengths lens = ahead;
       const Group group = walk.group;
-      const Segment segment = walk.next(tiles_of_length(lens.longest()), following.get(p, group));
+      const Segment segment = walk.next(tiles_of_length(lens.longest(), p.k), following.get(p, group));
       ahead.load(p, walk.group);
       following.load(p, walk.group);
       if (segment.num_tiles == 0) continue;
@@ -183,7 +183,7 @@ __device__ void produce_tiles(const LogitsParams& p, const CUtensorMap& kv_map, 
       const Group group = walk.group;
       const int32_t longest = lens_ahead.longest();
       PageIds ids = ids_ahead;
-      const Segment segment = walk.next(tiles_of_length(longest), following.get(p, group));
+      const Segment segment = walk.next(tiles_of_length(longest, p.k), following.get(p, group));
       int32_t t = turn.skip(pipe);
       turn.take(segment.num_tiles);
       lens_ahead.load(p, walk.group);

@@ -88,7 +88,7 @@ plan_kernel(const StepRows step, int32_t* plan, int32_t num_ctas) {
   const Chunk chunk(groups.places());
   int64_t tiles = 0;
   for (int32_t place = chunk.begin; place < chunk.end; ++place) {
-    tiles += tiles_of_group(step.context_lens, groups.at(place));
+    tiles += tiles_of_group(step.context_lens, groups.at(place), step.k);
   }
   int64_t total;
   const int64_t start = TileScan::exclusive_sum(scan_storage.tiles, tiles, total);
@@ -113,7 +113,7 @@ plan_kernel(const StepRows step, int32_t* plan, int32_t num_ctas) {
         }
         int32_t place = low * chunk.size;
         int64_t tile = first - chunk_start[low];
-        if (chunk.size > 1) find_group(groups, step.context_lens, place, tile);  // else the chunk is the group
+        if (chunk.size > 1) find_group(groups, step.context_lens, step.k, place, tile);  // else the chunk is the group
         share = Share::from(groups.at(place), static_cast<int32_t>(tile), num_tiles);
       }
     }
@@ -170,7 +170,7 @@ bool plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
   const Groups groups{table, step.rows, step.max_rows};
   int64_t total = 0;
   for (int32_t place = 0; place < groups.places(); ++place) {
-    total += tiles_of_group(step.context_lens, groups.at(place));
+    total += tiles_of_group(step.context_lens, groups.at(place), step.k);
   }
   const Cut cut(total, num_ctas);
   if (!cut.fits()) return false;
@@ -185,7 +185,7 @@ bool plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
       const auto num_tiles = static_cast<int32_t>(cut.start(i + 1) - first);
       if (num_tiles > 0) {
         int64_t tile = first - place_start;
-        find_group(groups, step.context_lens, place, tile);
+        find_group(groups, step.context_lens, step.k, place, tile);
         place_start = first - tile;
         share = Share::from(groups.at(place), static_cast<int32_t>(tile), num_tiles);
       }

@@ -11,6 +11,7 @@ constexpr int kHeadDim = 128;      // bytes of one FP8 key or query head
 constexpr int kScaleBytes = 4;     // one FP32 scale per cached token
 constexpr int kTileTokens = 64;    // tokens scored per step of the kernel: one wgmma M
 constexpr int kMaxGroupRows = 8;   // query rows that share a KV tile
+constexpr int kMaxTopK = 2048;     // logits of a row that may be selected
 constexpr int kSparesPerCta = 4;   // spare shares in the plan, at most, for each CTA
 
 // A plan is a line of entries of four int32 (shared/schedule.cuh): header, shares and, if the step is ragged, its
@@ -40,6 +41,7 @@ struct StepRows {
   int32_t max_rows;             // of a group; a uniform step's groups all have so many
   bool ragged;
   bool padded;                  // launches may have more rows, which are padding
+  int32_t k;                    // groups of rows with at most so many tokens need no logits
   // A ragged step that has rows has one of these.
   const int32_t* indices;          // [rows]: request of each
   const int32_t* query_start_loc;  // [requests + 1]: first row of each, and the last one's end

@@ -51,29 +51,33 @@ constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits);
 // The plan's first entry. The shares follow, in a ragged plan then the group table: for each row the group that
 // starts there, all 0 where none does.
 struct alignas(16) PlanHeader {
-  static constexpr uint32_t kVersion = 2;  // of the plan's layout; what was never planned has none
-  // Bits of `kind`, above the rows of a group.
+  static constexpr uint32_t kVersion = 3;  // of the plan's layout; what was never planned has none
+  // Bits of `kind`: rows of a group, these, k, the version.
   static constexpr uint32_t kRagged = 1 << 8, kPadded = 1 << 9, kEmpty = 1 << 10;
+  static constexpr int kKBit = 12, kVersionBit = 24;
+  static_assert(kMaxTopK < 1 << (kVersionBit - kKBit));
 
   uint32_t taken;   // spare shares that the running launch has handed out; 0 between launches
   int32_t spares;   // how many there are
   int32_t rows;     // of the step
-  uint32_t kind;    // of the step and its groups: version, bits, rows of a group
+  uint32_t kind;    // of the step and its groups
 
-  MQA_HOST_DEVICE static uint32_t kind_of(bool ragged, int32_t max_rows) {
-    return kVersion << 16 | (ragged ? kRagged : 0) | static_cast<uint32_t>(max_rows);
+  MQA_HOST_DEVICE static uint32_t kind_of(bool ragged, int32_t max_rows, int32_t k) {
+    return kVersion << kVersionBit | static_cast<uint32_t>(k) << kKBit | (ragged ? kRagged : 0) |
+           static_cast<uint32_t>(max_rows);
   }
 
   MQA_HOST_DEVICE static PlanHeader of(const StepRows& step, int64_t tiles, int32_t spares) {
     const uint32_t more = (step.padded ? kPadded : 0) | (tiles == 0 ? kEmpty : 0);
-    return {0, spares, step.rows, kind_of(step.ragged, step.max_rows) | more};
+    return {0, spares, step.rows, kind_of(step.ragged, step.max_rows, step.k) | more};
   }
 
-  // Whether the plan is for a launch of so many rows in groups of so many, of a ragged step at most: a ragged plan for
-  // narrower groups will do. A padded one may have fewer rows, and, where it leads to no tile, be of any kind.
-  MQA_HOST_DEVICE bool fits(bool ragged, int32_t launch_rows, int32_t max_rows) const {
-    if (kind >> 16 == kVersion && (kind & kPadded) && (kind & kEmpty)) return true;
-    const uint32_t least = kind_of(ragged, ragged ? 1 : max_rows), most = kind_of(ragged, max_rows);
+  // Whether the plan is for a launch with this k, of so many rows in groups of so many, of a ragged step at most: a
+  // ragged plan for narrower groups will do. A padded one may have fewer rows, and, where it leads to no tile, be of
+  // any kind.
+  MQA_HOST_DEVICE bool fits(bool ragged, int32_t launch_rows, int32_t max_rows, int32_t k) const {
+    if (kind >> kVersionBit == kVersion && (kind & kPadded) && (kind & kEmpty)) return true;
+    const uint32_t least = kind_of(ragged, ragged ? 1 : max_rows, k), most = kind_of(ragged, max_rows, k);
     const uint32_t own = kind & ~(kPadded | kEmpty);
     return own >= least && own <= most && (kind & kPadded ? rows <= launch_rows : rows == launch_rows);
   }
@@ -147,12 +151,13 @@ MQA_HOST_DEVICE int32_t longest_of_rows(const int32_t* lens, int32_t rows) {
   return longest;
 }
 
-MQA_HOST_DEVICE int32_t tiles_of_length(int32_t length) {
-  return length / kTileTokens + (length % kTileTokens != 0);
+// Of a group whose longest row sees so many tokens: none where the k best of them are all of them.
+MQA_HOST_DEVICE int32_t tiles_of_length(int32_t length, int32_t k) {
+  return length <= k ? 0 : length / kTileTokens + (length % kTileTokens != 0);
 }
 
-MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, const Group& group) {
-  return tiles_of_length(longest_of_rows(context_lens + group.first_row, group.rows));
+MQA_HOST_DEVICE int32_t tiles_of_group(const int32_t* context_lens, const Group& group, int32_t k) {
+  return tiles_of_length(longest_of_rows(context_lens + group.first_row, group.rows), k);
 }
 
 // a / b of numbers that are not negative, in 32 bits where these do: the GPU divides 64 in a hundred instructions.
@@ -206,9 +211,10 @@ struct Cut {
 };
 
 // Moves `place` on to the group that tile `tile` from its start on lies in, and counts `tile` from there.
-MQA_HOST_DEVICE void find_group(const Groups& groups, const int32_t* context_lens, int32_t& place, int64_t& tile) {
+MQA_HOST_DEVICE void find_group(const Groups& groups, const int32_t* context_lens, int32_t k, int32_t& place,
+                                int64_t& tile) {
   for (;; ++place) {
-    const int32_t in_group = tiles_of_group(context_lens, groups.at(place));
+    const int32_t in_group = tiles_of_group(context_lens, groups.at(place), k);
     if (tile < in_group) return;
     tile -= in_group;
   }
