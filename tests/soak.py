@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random whole steps: plan, logits, selection. `python tests/soak.py --steps 20000` on a GPU.
+
+A step is drawn from its seed alone, so `--seed N --steps 1` repeats one. Of each, a random request's logits are held
+against the FP32 reference, and every row's selection against torch.topk on the kernel's own logits, by the tie rule.
+In a fifth of the steps ties are many, or rows hard to select from.
+"""
+
+import argparse
+import random
+import sys
+import time
+
+import selections
+import torch
+from steps import Step, random_ragged_step, random_step
+
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import reference
+
+POOL_PAGES = 256  # that requests draw from: what follows a context in its last page is another request's
+HARD = ("one page", "no weights", "no keys", "NaN scales", "growing scales", "shrinking scales")
+
+
+def draw(seed: int, device: str) -> tuple[Step, int, str]:
+    """A step, k, and in what it is hard."""
+    rng = random.Random(seed)
+    longest = rng.choice([100, 3000, 3000, 9000, 40000])
+    requests = rng.randint(1, max(1, min(70, 400_000 // longest // 4)))
+    lengths = [max(0, rng.randint(-longest // 8, longest)) for _ in range(requests)]
+    options = {
+        "heads": rng.choice([16, 32, 64, 64]), "page": rng.choice([32, 64, 64]), "num_pages": POOL_PAGES,
+        "gap": rng.choice([0, 16 * 33]), "device": device, "seed": seed,
+    }  # fmt: skip
+    if rng.random() < 0.5:
+        next_n = rng.randint(1, 8)
+        rows = [[max(0, length - next_n + 1 + row) for row in range(next_n)] for length in lengths]
+        step = random_step(rows, **options)
+    else:
+        counts = [rng.randint(0, 9) for _ in lengths]
+        rows = [[max(0, length - count + 1 + row) for row in range(count)] for length, count in zip(lengths, counts, strict=True)]
+        by = rng.choice(["indices", "query_start_loc"])
+        step = random_ragged_step(rows, by=by, max_rows=rng.randint(1, 8), padding=rng.randint(0, 5), **options)
+    k = rng.choice([2048, 2048, 512, 1024, rng.randint(1, 2048)])
+    hard = rng.choice(HARD) if rng.random() < 0.2 else ""
+    harden(step, hard)
+    return step, k, hard
+
+
+def harden(step: Step, how: str) -> None:
+    """Changes a step in place."""
+    pages, page = step.kv_cache.shape[:2]
+    content = step.kv_cache.flatten(1)
+    scales = content[:, page * 128 :].contiguous().view(torch.float32)
+    if how == "one page":
+        step.block_table.fill_(3)
+    elif how == "no weights":
+        step.weights.zero_()
+    elif how == "no keys":
+        content[::2, : page * 128] = 0
+    elif how == "NaN scales":
+        scales[::3, ::5] = torch.nan
+    elif how in ("growing scales", "shrinking scales"):
+        line = torch.arange(1, scales.numel() + 1, device=scales.device).view(scales.shape).float()
+        scales.copy_(line if how == "growing scales" else 1e6 / line)
+    content[:, page * 128 :] = scales.view(torch.uint8)
+
+
+def check(seed: int, num_sms: int | None = None, device: str = "cuda") -> str | None:
+    """What is wrong with the step of that seed; None: nothing."""
+    step, k, hard = draw(seed, device)
+    what = f"{hard or 'as drawn'}, k {k}, lengths {list(step.context_lens.shape)}"
+    rows, columns, lens = step.context_lens.numel(), step.max_context_len, step.context_lens
+    # Rows of no request, which a query_start_loc tells, may have a length, and have no logits: these stay 0.
+    logits = torch.zeros(rows, -(-columns // 64) * 64, device=step.q.device)[:, :columns]
+    step.logits(step.plan(num_sms=num_sms), out=logits)
+    indices = vllm_mqa_sm90.topk_indices(logits, lens, k)
+    if not torch.equal(indices, selections.expected(logits, lens, k)):
+        return f"{what}: the selection is wrong"
+    skipping = step.plan(k=k, num_sms=num_sms)
+    out = torch.empty_strided(logits.shape, logits.stride(), device=logits.device).copy_(logits)
+    options = {"max_context_len": columns, "max_rows": step.max_rows}
+    if not torch.equal(vllm_mqa_sm90.index_topk(*step.inputs(), skipping, k, **options, logits=out), indices):
+        return f"{what}: index_topk selects otherwise"
+    if hard != "NaN scales" and rows:
+        return wrong_logits(step, logits, random.Random(~seed), what)
+    return None
+
+
+def wrong_logits(step: Step, logits: torch.Tensor, rng: random.Random, what: str) -> str | None:
+    first, end, request = rng.choice(reference.groups_of(step.context_lens, **step.grouping()) or [(0, 0, 0)])
+    lens = step.context_lens.view(-1)[first:end]
+    if first == end or int(lens.max()) <= 0:
+        return None
+    part = slice(first, end)
+    inputs = step.q.flatten(0, -3)[part], step.kv_cache, step.weights[part], lens, step.block_table[request].expand(end - first, -1)
+    expected = reference.paged_mqa_logits(*inputs, max_context_len=step.max_context_len)
+    valid = expected > -torch.inf
+    given, expected = logits[part][valid].double(), expected[valid].double()
+    # Signed weights cancel: what counts for few is the sum of magnitudes, which is about this.
+    magnitudes = reference.paged_mqa_logits(inputs[0], inputs[1], inputs[2].abs(), *inputs[3:], max_context_len=step.max_context_len)
+    scale = magnitudes[valid].double().abs().norm()
+    error = float((given - expected).norm() / scale) if float(scale) else float(given.norm())
+    return None if error <= 2e-4 else f"{what}: logits of rows {first} to {end} are {error:.1e} off"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first step; the others follow")
+    args = parser.parse_args()
+    start, wrong = time.monotonic(), 0
+    for seed in range(args.seed, args.seed + args.steps):
+        if (problem := check(seed)) is not None:
+            wrong += 1
+            print(f"--seed {seed}: {problem}", flush=True)
+    seconds = time.monotonic() - start
+    print(f"{args.steps} steps from seed {args.seed}, {wrong} wrong, {seconds:.0f} s, {torch.cuda.get_device_name()}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
