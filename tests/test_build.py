@@ -93,6 +93,16 @@ def test_no_kernel_touches_local_memory(sass: dict[str, str], resources: dict[st
         assert used["STACK"] == used["LOCAL"] == 0, kernel
 
 
+def test_what_earlier_kernels_wrote_is_read_after_the_wait_for_them(sass: dict[str, str]) -> None:
+    """By loads that see it: kernels whose start overlaps the end of the one before wait, before they read anything."""
+    for kernel, code in sass.items():
+        assert not re.findall(r"\bLDG\S*CONSTANT.*", code), kernel
+        overlaps = variant_of(kernel) is not None or "selection_kernel" in kernel
+        assert ("ACQBULK" in code) == overlaps, kernel
+        if overlaps:
+            assert not re.findall(r"\b(?:LDG|LD|ATOMG|RED|STG|ST|UBLKCP|UTMALDG)\b.*", code.partition("ACQBULK")[0]), kernel
+
+
 def test_registers_fit_an_sm(sass: dict[str, str], resources: dict[str, dict[str, int]]) -> None:
     for kernel, used in resources.items():
         if variant := variant_of(kernel):
