@@ -17,11 +17,13 @@ from matplotlib.image import imread
 from rich.console import Console
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import bench, cli, reference
-from vllm_mqa_sm90.bench import deepgemm, kernel_run, plot, report, timing
-from vllm_mqa_sm90.bench import step as steps
-from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, LeftOut, Report, Row
-from vllm_mqa_sm90.bench.step import Shape, Step, floor_bytes, make_step, row_lengths
+from vllm_mqa_sm90 import cli, reference
+from vllm_mqa_sm90.bench import kernel
+from vllm_mqa_sm90.bench.kernel import deepgemm, plot, report, timing
+from vllm_mqa_sm90.bench.kernel import run as kernel_run
+from vllm_mqa_sm90.bench.kernel import step as steps
+from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, LeftOut, Report, Row
+from vllm_mqa_sm90.bench.kernel.step import Shape, Step, floor_bytes, make_step, row_lengths
 
 CPU = torch.device("cpu")
 SMS = 132
@@ -395,7 +397,7 @@ def test_load_finds_the_reason_that_vllm_hides(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_loading_vllm_leaves_stdout_alone() -> None:
-    code = "from vllm_mqa_sm90.bench import deepgemm\ntry: deepgemm.load(132)\nexcept Exception: pass"
+    code = "from vllm_mqa_sm90.bench.kernel import deepgemm\ntry: deepgemm.load(132)\nexcept Exception: pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == ""
 
@@ -492,7 +494,7 @@ def test_plot(tmp_path: Path) -> None:
 
 def test_plot_again_from_json(tmp_path: Path) -> None:
     synthetic_report().write(tmp_path / "kernel.json")
-    command = [sys.executable, "-W", "error", "-m", "vllm_mqa_sm90.bench.plot", str(tmp_path)]
+    command = [sys.executable, "-W", "error", "-m", "vllm_mqa_sm90.bench.kernel.plot", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert (done.stdout, done.stderr) == ("", "")
     assert (tmp_path / "kernel.png").stat().st_size > 10_000
@@ -780,14 +782,14 @@ def test_without_matplotlib_the_json_stays(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.plot")
-    monkeypatch.delattr(bench, "plot")
+    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.kernel.plot")
+    monkeypatch.delattr(kernel, "plot")
     status, content = bench_kernel(tmp_path, "--shape", "2x64", "--next-n", "3")
     assert status == 0 and len(content["rows"]) == 1
     error = capsys.readouterr().err
     assert "kernel.json is written; kernel.png and kernel.svg are not drawn" in error
     assert "pip install 'vllm-mqa-sm90[bench]'" in error
-    assert f"python -m vllm_mqa_sm90.bench.plot {tmp_path}" in error
+    assert f"python -m vllm_mqa_sm90.bench.kernel.plot {tmp_path}" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel.json"]
 
 

@@ -19,11 +19,15 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mqa_sm90 import bench, checkpoint, cli, machine, server
-from vllm_mqa_sm90.bench import clients, serve, serve_kept, serve_plot, serve_run, trace, workloads
-from vllm_mqa_sm90.bench.serve_report import Configuration, Measurement, Profiled, Report, notes, profile_table, table
-from vllm_mqa_sm90.bench.trace import FAMILIES, Profile
-from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90 import checkpoint, cli, machine, server
+from vllm_mqa_sm90.bench import serve
+from vllm_mqa_sm90.bench.serve import clients, trace, workloads
+from vllm_mqa_sm90.bench.serve import kept as serve_kept
+from vllm_mqa_sm90.bench.serve import plot as serve_plot
+from vllm_mqa_sm90.bench.serve import run as serve_run
+from vllm_mqa_sm90.bench.serve.report import Configuration, Measurement, Profiled, Report, notes, profile_table, table
+from vllm_mqa_sm90.bench.serve.trace import FAMILIES, Profile
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 
 FAKE = str(Path(__file__).with_name("fake_vllm.py"))
@@ -349,7 +353,7 @@ def test_nothing_to_draw(report: Report, tmp_path: Path) -> None:
 
 def test_plots_are_drawn_again(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path / "serve.json")
-    subprocess.run([sys.executable, "-m", "vllm_mqa_sm90.bench.serve_plot", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "vllm_mqa_sm90.bench.serve.plot", str(tmp_path)], check=True)
     assert imread(tmp_path / "serve-steps.png").shape[0] > 300
 
 
@@ -658,7 +662,7 @@ def test_killed_and_run_again_only_what_is_missing_runs(world: World, sent: sign
     program = f"""
 import sys
 from vllm_mqa_sm90 import cli, machine, server
-from vllm_mqa_sm90.bench import clients
+from vllm_mqa_sm90.bench.serve import clients
 serve, clients.CLI = server.vllm_serve, {Path(FAKE).stem!r}
 machine.gpus = lambda: [{GPU!r}]
 server.vllm_serve = lambda *words: [sys.executable, {FAKE!r}, *serve(*words)[3:]]
@@ -717,13 +721,13 @@ def test_without_matplotlib_the_json_stays(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.serve_plot")
-    monkeypatch.delattr(bench, "serve_plot")
+    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.serve.plot")
+    monkeypatch.delattr(serve, "plot")
     status, content = world.run("--side", "stock", "-k", "0", "--quick")
     assert status == 0 and len(content["measurements"]) == 1
     error = capsys.readouterr().err
     assert "serve.json is written; the plots are not drawn" in error
-    assert f"python -m vllm_mqa_sm90.bench.serve_plot {world.output}" in error
+    assert f"python -m vllm_mqa_sm90.bench.serve.plot {world.output}" in error
     assert not list(world.output.glob("*.png"))
 
 

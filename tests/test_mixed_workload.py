@@ -38,9 +38,9 @@ from servers import call, start, wait_ready
 
 from vllm_mqa_sm90 import metrics, ops, seams
 from vllm_mqa_sm90.architectures import v32_config
-from vllm_mqa_sm90.bench import trace
-from vllm_mqa_sm90.bench.serve_run import profiler_arguments
-from vllm_mqa_sm90.bench.trace import Launch
+from vllm_mqa_sm90.bench.serve import trace
+from vllm_mqa_sm90.bench.serve.run import profiler_arguments
+from vllm_mqa_sm90.bench.serve.trace import Launch
 from vllm_mqa_sm90.checkpoint import make_checkpoint, make_tokenizer
 from vllm_mqa_sm90.server import Server, speculative_config, vllm_serve
 

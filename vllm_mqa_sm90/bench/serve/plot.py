@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plots of a serving benchmark. Needs matplotlib: import this module only to draw.
 
-`python -m vllm_mqa_sm90.bench.serve_plot DIR` draws DIR/serve.json again.
+`python -m vllm_mqa_sm90.bench.serve.plot DIR` draws DIR/serve.json again.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from vllm_mqa_sm90.bench import figures
-from vllm_mqa_sm90.bench.serve_report import PLUGIN, SIDES, STOCK, Configuration, Measurement, Profiled, Report
-from vllm_mqa_sm90.bench.trace import FAMILIES, OTHER
-from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.bench.serve.report import PLUGIN, SIDES, STOCK, Configuration, Measurement, Profiled, Report
+from vllm_mqa_sm90.bench.serve.trace import FAMILIES, OTHER
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 
 _K_COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73")  # distinct to the colour-blind too
 _FAMILY_COLOURS = dict(

@@ -23,11 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import machine, stopping
-from vllm_mqa_sm90.bench import deepgemm, output, timing
+from vllm_mqa_sm90.bench import output
+from vllm_mqa_sm90.bench.kernel import deepgemm, timing
 from vllm_mqa_sm90.bench.kernel import DEFAULT_HEADS, DEFAULT_PAGE
-from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, SIDES, LeftOut, Report, Row, notes, one_line, table
-from vllm_mqa_sm90.bench.shapes import Shape
-from vllm_mqa_sm90.bench.step import Step, floor_bytes, make_step
+from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, SIDES, LeftOut, Report, Row, notes, one_line, table
+from vllm_mqa_sm90.bench.kernel.shapes import Shape
+from vllm_mqa_sm90.bench.kernel.step import Step, floor_bytes, make_step
 
 SHAPES = (
     Shape(256, 8192),
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     output.show(report, [table(report)], notes(report))
     if args.output:
-        output.draw(report, args.output, "plot", "kernel.json", "kernel.png and kernel.svg")
+        output.draw(report, args.output, "kernel.plot", "kernel.json", "kernel.png and kernel.svg")
     return 1 if any(row.failed for row in report.rows) else 0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import checkpoint
-from vllm_mqa_sm90.bench.serve_report import PLUGIN, Configuration, Measurement, Profiled, Report
-from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.bench.serve.report import PLUGIN, Configuration, Measurement, Profiled, Report
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.server import speculative_config
 
 # What decides how the plugin's steps run; the rest of the package measures and reports.

@@ -8,7 +8,7 @@ import torch
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import HEAD_DIM, reference
-from vllm_mqa_sm90.bench.shapes import SEED, Shape
+from vllm_mqa_sm90.bench.kernel.shapes import SEED, Shape
 from vllm_mqa_sm90.sizes import TOKEN_BYTES
 
 COLD_BYTES = 300_000_000

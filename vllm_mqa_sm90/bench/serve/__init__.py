@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_mqa_sm90 import checkpoint, machine, stopping
-from vllm_mqa_sm90.bench import output, workloads
-from vllm_mqa_sm90.bench.serve_kept import Job, Kept
-from vllm_mqa_sm90.bench.serve_report import SIDES, Configuration, Report, notes, profile_table, table
-from vllm_mqa_sm90.bench.serve_run import Run
-from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.bench import output
+from vllm_mqa_sm90.bench.serve import workloads
+from vllm_mqa_sm90.bench.serve.kept import Job, Kept
+from vllm_mqa_sm90.bench.serve.report import SIDES, Configuration, Report, notes, profile_table, table
+from vllm_mqa_sm90.bench.serve.run import Run
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.server import seconds
 
 _DEFAULT_KS = (0, 1, 2)
@@ -86,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="SECONDS",
         help="for the start of a server, and for each run of the client (default: %(default).0f)",
     )
-    parser.set_defaults(func=run, vllm_arguments=[])
+    parser.set_defaults(func=_run, vllm_arguments=[])
 
 
 def _joined(values: Sequence[Any]) -> str:
@@ -129,7 +130,7 @@ def _rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """0: all measured; 1: not measurable here, or something failed; 2: wrong usage; 130: interrupted."""
     chosen = tuple(dict.fromkeys(args.workload or (workloads.QUICK if args.quick else workloads.DEFAULT)))
     acceptance = args.acceptance
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         return _stop(reason, status=130)
     tables = [table(report), profile_table(report)] if report.profiles else [table(report)]
     output.show(report, tables, notes(report))
-    output.draw(report, args.output, "serve_plot", "serve.json", "the plots")
+    output.draw(report, args.output, "serve.plot", "serve.json", "the plots")
     return 1 if report.failures else 0
 
 

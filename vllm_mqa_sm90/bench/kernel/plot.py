@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plot of a kernel benchmark. Needs matplotlib: import this module only to draw.
 
-`python -m vllm_mqa_sm90.bench.plot DIR` draws DIR/kernel.json again.
+`python -m vllm_mqa_sm90.bench.kernel.plot DIR` draws DIR/kernel.json again.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from vllm_mqa_sm90.bench import figures
-from vllm_mqa_sm90.bench.report import FLATTENED, NATIVE, OURS, SIDES, Report, Row
+from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, SIDES, Report, Row
 
 COLOURS = {OURS: "#0072b2", NATIVE: "#8c8c8c", FLATTENED: "#e69f00"}  # distinct to the colour-blind too
 _FLOOR = {"color": "black", "linewidth": 0.8, "linestyle": "--", "label": "memory floor"}

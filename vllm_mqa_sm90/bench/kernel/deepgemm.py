@@ -21,8 +21,8 @@ from types import ModuleType
 
 import torch
 
-from vllm_mqa_sm90.bench.report import LeftOut
-from vllm_mqa_sm90.bench.step import Step
+from vllm_mqa_sm90.bench.kernel.report import LeftOut
+from vllm_mqa_sm90.bench.kernel.step import Step
 
 _VENDORED = "vllm.third_party.deep_gemm"
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from rich import box
 from rich.table import Table
 
-from vllm_mqa_sm90.bench.trace import Profile
-from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.bench.serve.trace import Profile
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 
 STOCK, PLUGIN = "stock", "plugin"

@@ -5,7 +5,7 @@ import argparse
 from typing import Any
 
 from vllm_mqa_sm90.bench import output
-from vllm_mqa_sm90.bench.shapes import Shape
+from vllm_mqa_sm90.bench.kernel.shapes import Shape
 from vllm_mqa_sm90.sizes import HEADS, MAX_NEXT_N, PAGE_SIZES
 
 DEFAULT_HEADS, DEFAULT_PAGE = 64, 64
@@ -55,6 +55,6 @@ def _shape(text: str) -> Shape:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from vllm_mqa_sm90.bench import kernel_run  # with PyTorch
+    from vllm_mqa_sm90.bench.kernel import run  # with PyTorch
 
-    return kernel_run.run(args)
+    return run.run(args)

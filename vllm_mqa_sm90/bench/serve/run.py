@@ -17,11 +17,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_mqa_sm90 import metrics, server
-from vllm_mqa_sm90.bench import output, trace
-from vllm_mqa_sm90.bench.clients import Clients
-from vllm_mqa_sm90.bench.serve_kept import Job, Kept, server_arguments
-from vllm_mqa_sm90.bench.serve_report import PLUGIN, Configuration, Measurement, Profiled, Report
-from vllm_mqa_sm90.bench.workloads import Workload
+from vllm_mqa_sm90.bench import output
+from vllm_mqa_sm90.bench.serve import trace
+from vllm_mqa_sm90.bench.serve.clients import Clients
+from vllm_mqa_sm90.bench.serve.kept import Job, Kept, server_arguments
+from vllm_mqa_sm90.bench.serve.report import PLUGIN, Configuration, Measurement, Profiled, Report
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 from vllm_mqa_sm90.server import Process, Server, ServerError
 
