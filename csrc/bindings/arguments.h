@@ -107,6 +107,16 @@ void require_same_device(const Argument& argument, const Argument& reference) {
           argument, device_of, device_of(other), ", as ", reference.name);
 }
 
+// A matrix of that shape, whose rows may lie apart.
+void require_rows(const Argument& argument, ScalarType dtype, int64_t rows, int64_t columns) {
+  const Tensor& tensor = argument.tensor;
+  require_dtype(argument, dtype);
+  require(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, argument, shape_of, "shape [", rows,
+          ", ", columns, "]");
+  require(columns <= 1 || tensor.stride(1) == 1, argument, strides_of, "a last stride of 1");
+  require(rows <= 1 || tensor.stride(0) >= columns, argument, strides_of, "rows that do not overlap");
+}
+
 void require_vector(const Argument& argument) {
   require_dtype(argument, ScalarType::Int);
   require(argument.tensor.dim() == 1, argument, shape_of, "one dimension");

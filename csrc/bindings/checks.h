@@ -148,11 +148,7 @@ LogitsParams check_logits(const Tensor& q, const Tensor& kv_cache, const Tensor&
           "fewer than 2^31 columns");
   require(block_table.size(1) <= 1 || block_table.stride(1) == 1, table_argument, strides_of, "a last stride of 1");
 
-  require_dtype(out_argument, ScalarType::Float);
-  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == max_context_len, out_argument, shape_of, "shape [",
-          rows, ", ", max_context_len, "]");
-  require(max_context_len <= 1 || out.stride(1) == 1, out_argument, strides_of, "a last stride of 1");
-  require(rows <= 1 || out.stride(0) >= max_context_len, out_argument, strides_of, "rows that do not overlap");
+  require_rows(out_argument, ScalarType::Float, rows, max_context_len);
 
   LogitsParams params{};
   params.rows = step.rows;
@@ -189,10 +185,7 @@ SelectionParams check_selection(const Tensor& logits, const Tensor& context_lens
   require_contiguous(lens_argument);
   const int32_t wanted = check_k(k, 1);
   require_same_device(out_argument, logits_argument);
-  require_dtype(out_argument, ScalarType::Int);
-  require(out.dim() == 2 && out.size(0) == rows && out.size(1) == k, out_argument, shape_of, "shape [", rows, ", ", k, "]");
-  require(k == 1 || out.stride(1) == 1, out_argument, strides_of, "a last stride of 1");
-  require(rows <= 1 || out.stride(0) >= k, out_argument, strides_of, "rows that do not overlap");
+  require_rows(out_argument, ScalarType::Int, rows, k);
 
   SelectionParams params{};
   params.rows = static_cast<int32_t>(rows);

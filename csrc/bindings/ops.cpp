@@ -118,12 +118,16 @@ void logits_cuda(const Tensor& q, const Tensor& kv_cache, const Tensor& weights,
   if (clean_logits) check_cuda(launch_clean(params, stream), "launch of the kernel that cleans logits");
 }
 
-// CPU tensors pass the same checks, so that a misuse reads the same, and then cannot go on.
+// CPU tensors pass the same checks as CUDA tensors, so that a misuse reads the same, and then cannot go on.
+[[noreturn]] void refuse_cpu(const char* argument) {
+  fail(argument, "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
+}
+
 void logits_cpu(const Tensor& q, const Tensor& kv_cache, const Tensor& weights, const Tensor& context_lens,
                 const Tensor& block_table, const Tensor& plan, int64_t max_context_len,
                 std::optional<int64_t> max_rows, int64_t k, bool, const Tensor& out) {
   check_logits(q, kv_cache, weights, context_lens, block_table, plan, max_context_len, max_rows, k, out);
-  fail("q", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
+  refuse_cpu("q");
 }
 
 void topk_indices_cuda(const Tensor& logits, const Tensor& context_lens, int64_t k, const Tensor& out) {
@@ -140,7 +144,7 @@ void topk_indices_cuda(const Tensor& logits, const Tensor& context_lens, int64_t
 
 void topk_indices_cpu(const Tensor& logits, const Tensor& context_lens, int64_t k, const Tensor& out) {
   check_selection(logits, context_lens, k, out);
-  fail("logits", "device cpu", "tensors on a CUDA device (on the CPU use vllm_mqa_sm90.reference)");
+  refuse_cpu("logits");
 }
 
 std::vector<int64_t> launch_counts(int64_t device) {
@@ -161,14 +165,14 @@ void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t>
   const StepRows step = ragged ? check_ragged_context_lens(lens_argument, max_rows.value_or(kMaxGroupRows))
                                : check_context_lens(lens_argument);
   check_plan(plan_argument, lens_argument, ragged);
-  const int32_t least = check_k(k, 0);
+  const int32_t kept = check_k(k, 0);
   require_same_device(out_argument, lens_argument);
   require_dtype(out_argument, ScalarType::Int);
   require_contiguous(out_argument);
   const auto& header = *data<PlanHeader>(plan);
-  if (!header.fits(ragged, step.rows, step.max_rows, least)) {
+  if (!header.fits(ragged, step.rows, step.max_rows, kept)) {
     fail("plan", "one for another", "a plan for ", step.rows, " rows in groups of ", ragged ? "at most " : "",
-         step.max_rows, ", k ", least);
+         step.max_rows, ", k ", kept);
   }
 
   const auto num_ctas = static_cast<int32_t>(ctas_of(plan, step.rows));
@@ -178,7 +182,7 @@ void walk(const Tensor& plan, const Tensor& context_lens, std::optional<int64_t>
   for (int32_t s = 0; s < share_entries(num_ctas) - 1; ++s) {
     for (Walk walk(shares[s]); !walk.done();) {
       const Group group = walk.group;
-      const Segment segment = walk.next(tiles_of_group(step.context_lens, group, least), groups.after(group));
+      const Segment segment = walk.next(tiles_of_group(step.context_lens, group, kept), groups.after(group));
       for (int32_t i = 0; i < segment.num_tiles; ++i) {
         visits.insert(visits.end(), {s, group.first_row, group.rows, group.request, segment.first_tile + i});
       }

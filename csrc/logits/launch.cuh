@@ -44,10 +44,7 @@ cudaError_t launch_variant(const LogitsParams& p, cudaStream_t stream) {
   config.blockDim = C::kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
-  // Programmatic dependent launch: the kernel's start overlaps the end of the one before it.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap = hopper::overlap();
   config.attrs = &overlap;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, p, q_map, kv_map, counters + p.max_rows);

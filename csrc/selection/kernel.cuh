@@ -12,11 +12,9 @@
 
 #include <cooperative_groups.h>
 
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
-
 #include "selection/keys.cuh"
 #include "selection/selection.h"
+#include "shared/hopper.cuh"
 
 namespace mqa_sm90::selection {
 
@@ -29,8 +27,6 @@ constexpr int kMaxCtas = 16;         // of a cluster
 constexpr int kWindow = 65536;       // logits flagged at once, at most
 constexpr int kCoarse = 64, kBinsOfCoarse = kBins / kCoarse;
 static_assert(kCoarse == 64 && kBinsOfCoarse == 64, "find_among has two a lane");
-
-using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 // What a look at the histograms found.
 struct Found {
@@ -57,7 +53,7 @@ struct SharedMemory {
   int32_t final;                        // finalists
   int32_t above;                        // logits of this CTA above the candidates
   Found found;
-  Barrier full[kMaxSlots];
+  hopper::Barrier full[kMaxSlots];
 };
 
 // Dynamic shared memory: SharedMemory, two bitmaps of so many bytes, the chunks.
@@ -75,7 +71,7 @@ struct Slice {
 struct Chunks {
   const Slice& slice;
   float* memory;
-  Barrier* full;
+  hopper::Barrier* full;
   const int32_t count, slots;
   uint32_t phases = 0;  // of each slot, the last load's
 
@@ -129,6 +125,17 @@ struct Chunks {
   }
 };
 
+// Of the warp's lanes, this one's value and those of the lanes before.
+__device__ __forceinline__ int32_t sum_to_lane(int32_t value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, value, d);
+    if (lane >= d) value += other;
+  }
+  return value;
+}
+
 // kCtas: of a cluster.
 template <int kCtas>
 struct Selector {
@@ -175,12 +182,7 @@ struct Selector {
       const int2 of_it = *reinterpret_cast<const int2*>(kRanks > 1 ? of_rank(mine, r) : mine);
       pair.x += of_it.x, pair.y += of_it.y;
     }
-    int32_t sum = pair.x + pair.y;  // of these bins and those of lanes before
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += other;
-    }
+    const int32_t sum = sum_to_lane(pair.x + pair.y);
     const int32_t want = p.k - above;
     const int owner = __ffs(__ballot_sync(~0u, sum >= want)) - 1;
     const bool in_high = sum - pair.x >= want;
@@ -281,13 +283,7 @@ struct Selector {
     for (int32_t row = begin; row < end; row += 32) {
       const int32_t i = row + lane;
       const uint32_t half = i < end ? bits[i] : 0;
-      int32_t sum = __popc(half);
-      const int32_t own = sum;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int32_t other = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) sum += other;
-      }
+      const int32_t own = __popc(half), sum = sum_to_lane(own);
       int32_t* to = shared.chosen + before + sum - own;
 #pragma unroll
       for (int bit = 0; bit < 16; ++bit) {

@@ -31,10 +31,7 @@ cudaError_t launch(const SelectionParams& p, cudaStream_t stream) {
   config.blockDim = kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2]{};
-  // Programmatic dependent launch: the kernel's start overlaps the end of the one before it.
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[] = {hopper::overlap(), {}};
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {kCtas, 1, 1};
   config.attrs = attributes;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The hardware idioms that the kernel uses, under plain names. Instructions come from CUTLASS/CuTe
+// The hardware idioms that the kernels use, under plain names. Instructions come from CUTLASS/CuTe
 // atoms; the layouts are those of the PTX ISA, chapters "wgmma" and "cp.async.bulk.tensor".
 #pragma once
 
@@ -28,6 +28,14 @@ constexpr int kWarpArrivals = 1;
 __device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 < kWarpArrivals) barrier.arrive();
+}
+
+// Programmatic dependent launch: the kernel's start overlaps the end of the one before it.
+inline cudaLaunchAttribute overlap() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
 }
 
 // Position in a ring of kStages buffers, each guarded by a barrier that flips phase every round.
