@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, MAX_TOPK, PAGE_SIZES, TOKEN_BYTES  # noqa: F401: others have them from here
+from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, PAGE_SIZES, TOKEN_BYTES  # noqa: F401: others have them from here
 
 UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
 """What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/shared/params.h."""
@@ -154,8 +154,8 @@ def plan(
         max_rows: of a ragged step's groups, 1 to 8 (default). A request with more rows is cut into
             several groups, each of which reads the keys.
         padded: launches with this plan may have more rows than it, which are padding, as a CUDA graph
-            has that was captured for more; with the shape that a plan of so many has. And where no row
-            has tokens, launches of any kind: they do nothing. Else the rows must be the same.
+            has that was captured for more; with the shape that a plan of so many has. And where no group
+            has tiles, launches of any kind: they do nothing. Else the rows must be the same.
         k: for `index_topk`, 1 to 2048: groups whose rows all have at most k tokens have no tiles, as the k
             best of them are all. 0: all groups with tokens have tiles.
         num_sms: SMs to plan for; default: `out`'s, else all of the device's.
