@@ -17,6 +17,7 @@ from steps import Step, random_ragged_step, random_step
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import reference
+from vllm_mqa_sm90.bench.kernel.step import row_lengths
 
 POOL_PAGES = 256  # that requests draw from: what follows a context in its last page is another request's
 HARD = ("one page", "no weights", "no keys", "NaN scales", "growing scales", "shrinking scales")
@@ -33,12 +34,9 @@ def draw(seed: int, device: str) -> tuple[Step, int, str]:
         "gap": rng.choice([0, 16 * 33]), "device": device, "seed": seed,
     }  # fmt: skip
     if rng.random() < 0.5:
-        next_n = rng.randint(1, 8)
-        rows = [[max(0, length - next_n + 1 + row) for row in range(next_n)] for length in lengths]
-        step = random_step(rows, **options)
+        step = random_step(row_lengths(lengths, [rng.randint(1, 8)] * requests), **options)
     else:
-        counts = [rng.randint(0, 9) for _ in lengths]
-        rows = [[max(0, length - count + 1 + row) for row in range(count)] for length, count in zip(lengths, counts, strict=True)]
+        rows = row_lengths(lengths, [rng.randint(0, 9) for _ in lengths])
         by = rng.choice(["indices", "query_start_loc"])
         step = random_ragged_step(rows, by=by, max_rows=rng.randint(1, 8), padding=rng.randint(0, 5), **options)
     k = rng.choice([2048, 2048, 512, 1024, rng.randint(1, 2048)])
@@ -49,7 +47,7 @@ def draw(seed: int, device: str) -> tuple[Step, int, str]:
 
 def harden(step: Step, how: str) -> None:
     """Changes a step in place."""
-    pages, page = step.kv_cache.shape[:2]
+    page = step.kv_cache.shape[1]
     content = step.kv_cache.flatten(1)
     scales = content[:, page * 128 :].contiguous().view(torch.float32)
     if how == "one page":

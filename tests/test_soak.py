@@ -70,5 +70,5 @@ def test_finds_wrong_logits_and_wrong_selections() -> None:
 
 def test_a_step_is_its_seeds() -> None:
     one, other = soak.draw(5, "cpu"), soak.draw(5, "cpu")
-    assert one[1:] == other[1:] and torch.equal(one[0].kv_cache, other[0].kv_cache)
-    assert all(torch.equal(mine, its) for mine, its in zip(one[0].inputs(), other[0].inputs(), strict=True) if mine.dtype != torch.float32)
+    assert one[1:] == other[1:]
+    assert all(torch.equal(mine, its) for mine, its in zip(one[0].inputs(), other[0].inputs(), strict=True))
