@@ -78,7 +78,7 @@ def test_every_variant_is_there(sass: dict[str, str]) -> None:
     assert sum("plan_kernel" in kernel for kernel in sass) == 1
     # CTAs of a row, and of an SM.
     selections = [re.search(r"selection_kernelILi(\d+)ELi(\d+)E", kernel) for kernel in sass]
-    assert sorted(f"{found[1]}/{found[2]}" for found in selections if found) == ["1/2", "1/3", "16/1", "16/2", "2/1", "2/2", "4/2", "8/2"]
+    assert sorted(f"{found[1]}/{found[2]}" for found in selections if found) == ["1/1", "1/2", "1/3", "16/1", "2/1", "4/1", "4/2", "8/1"]
 
 
 def test_scores_are_computed_by_fp8_warpgroup_mma(sass: dict[str, str]) -> None:
@@ -87,10 +87,16 @@ def test_scores_are_computed_by_fp8_warpgroup_mma(sass: dict[str, str]) -> None:
 
 
 def test_no_kernel_touches_local_memory(sass: dict[str, str], resources: dict[str, dict[str, int]]) -> None:
+    """But for selection's `look_further`, which few rows need: it may save some registers."""
     for kernel, code in sass.items():
-        assert not re.findall(r"\b(?:STL|LDL)\b.*", code), kernel
+        usual = code
+        if "selection_kernel" in kernel:
+            [further] = set(re.findall(r"CALL\.REL\S* 0x(\w+)", code))
+            usual = code.partition(f"/*{further}*/")[0]
+            assert "EXIT" in usual and "RET" not in usual, kernel
+        assert not re.findall(r"\b(?:STL|LDL)\b.*", usual), kernel
     for kernel, used in resources.items():
-        assert used["STACK"] == used["LOCAL"] == 0, kernel
+        assert used["LOCAL"] == 0 and used["STACK"] <= (16 if "selection_kernel" in kernel else 0), kernel
 
 
 def test_what_earlier_kernels_wrote_is_read_after_the_wait_for_them(sass: dict[str, str]) -> None:

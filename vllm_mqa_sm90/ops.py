@@ -303,7 +303,7 @@ def topk_indices(
     All tensors are on one GPU of compute capability 9.0.
 
     Args:
-        logits: float32 `[T, W]`, W at most 2^30, last stride 1, rows a multiple of 4 columns apart, on a
+        logits: float32 `[T, W]`, W at most 2^24, last stride 1, rows a multiple of 4 columns apart, on a
             16-byte boundary: as `paged_mqa_logits` makes them.
         context_lens: int32 with T elements, contiguous: `[T]` or `[B, next_n]`. Logits of each row; W where more;
             0 or negative, whatever the value, marks a padding row.

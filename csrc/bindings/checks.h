@@ -173,7 +173,7 @@ SelectionParams check_selection(const Tensor& logits, const Tensor& context_lens
   constexpr int64_t kFloats = kAlignment / sizeof(float);
   require_dtype(logits_argument, ScalarType::Float);
   require(logits.dim() == 2 && logits.size(0) < kMaxRequests && logits.size(1) <= kMaxColumns, logits_argument, shape_of,
-          "shape [T, W], T fewer than ", kMaxRequests, ", W at most 2^30");
+          "shape [T, W], T fewer than ", kMaxRequests, ", W at most 2^24");
   const int64_t rows = logits.size(0);
   require(logits.size(1) <= 1 || logits.stride(1) == 1, logits_argument, strides_of, "a last stride of 1");
   require(rows <= 1 || (logits.stride(0) >= logits.size(1) && logits.stride(0) % kFloats == 0), logits_argument,

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // How many CTAs a row has, and how many of them an SM.
-#include <algorithm>
-
 #include "selection/kernel.cuh"
 
 namespace mqa_sm90 {
@@ -9,18 +7,11 @@ namespace {
 
 using namespace selection;
 
-constexpr int kBytesOfSm = 228 * 1024, kReservedOfCta = 1024, kMostOfCta = 227 * 1024;  // shared memory
-
-// kPerSm CTAs have room on an SM: the more they are, the fewer logits of each.
+// kPerSm CTAs have registers on an SM.
 template <int kCtas, int kPerSm>
 cudaError_t launch(const SelectionParams& p, cudaStream_t stream) {
   const auto kernel = selection_kernel<kCtas, kPerSm>;
-  constexpr int kRoom = std::min(kBytesOfSm / kPerSm - kReservedOfCta, kMostOfCta), kChunkBytes = kChunk * sizeof(float);
-  const int longest_slice = ((p.columns - 1) / kCtas + 1 + 127) / 128 * 128;
-  const int bitmap_bytes = (std::min(longest_slice, kWindow) / 8 + 127) / 128 * 128;
-  const int slots = std::clamp((kRoom - slots_offset(bitmap_bytes)) / kChunkBytes, 1,
-                               std::min((longest_slice - 1) / kChunk + 1, kMaxSlots));
-  const int bytes = slots_offset(bitmap_bytes) + slots * kChunkBytes;
+  const int most_tiles = (slice_of(p.columns, kCtas) - 1) / kTile + 1, bytes = most_tiles * kBytesOfTile;
   cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status == cudaSuccess && kCtas > 8) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -36,19 +27,21 @@ cudaError_t launch(const SelectionParams& p, cudaStream_t stream) {
   attributes[1].val.clusterDim = {kCtas, 1, 1};
   config.attrs = attributes;
   config.numAttrs = kCtas > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, kernel, p, bitmap_bytes, slots);
+  return cudaLaunchKernelEx(&config, kernel, p, most_tiles);
 }
 
 }  // namespace
 
-// Lengths are on the device: the number of rows decides alone. As measured, see csrc/README.md.
+// Lengths are on the device: rows and columns decide alone. As measured, see csrc/README.md.
 cudaError_t launch_selection(const SelectionParams& p, cudaStream_t stream) {
-  if (p.rows <= 4) return launch<16, 1>(p, stream);
-  if (p.rows <= 8) return launch<16, 2>(p, stream);
-  if (p.rows <= 32) return launch<8, 2>(p, stream);
-  if (p.rows <= 48) return launch<4, 2>(p, stream);
-  if (p.rows <= 66) return launch<2, 1>(p, stream);
-  if (p.rows <= 132) return launch<2, 2>(p, stream);
+  const int tiles = (p.columns - 1) / kTile + 1;
+  const auto suits = [&](int ctas, int most_rows) { return tiles > ctas / 2 && p.rows <= most_rows; };
+  if (suits(16, 6) || p.columns > kMaxColumns / kMaxCtas) return launch<16, 1>(p, stream);
+  if (suits(8, 8)) return launch<8, 1>(p, stream);
+  if (suits(4, 24)) return launch<4, 1>(p, stream);
+  if (suits(4, 48)) return launch<4, 2>(p, stream);
+  if (suits(2, 66)) return launch<2, 1>(p, stream);
+  if (p.rows <= 132) return launch<1, 1>(p, stream);
   if (p.rows <= 264) return launch<1, 2>(p, stream);
   return launch<1, 3>(p, stream);
 }

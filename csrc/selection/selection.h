@@ -8,7 +8,7 @@
 
 namespace mqa_sm90 {
 
-constexpr int64_t kMaxColumns = int64_t{1} << 30;  // so that no sum of positions in a row leaves 32 bits
+constexpr int32_t kMaxColumns = 1 << 24;  // a cluster's flags of so many have room in shared memory
 
 struct SelectionParams {
   const float* logits;          // [rows] rows, logits_stride elements apart, each on a 16-byte boundary

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -28,6 +29,25 @@ constexpr int kWarpArrivals = 1;
 __device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
   __syncwarp();
   if (threadIdx.x % 32 < kWarpArrivals) barrier.arrive();
+}
+
+// To the same place in the shared memory of the cluster's CTA `rank`; `barrier`, of that CTA, counts the bytes. Nothing else
+// orders it, and the CTA may not be gone.
+template <typename T>
+__device__ __forceinline__ void push(T* place, T value, const Barrier& barrier, int rank) {
+  const uint32_t to = cute::set_block_rank(cute::cast_smem_ptr_to_uint(place), rank);
+  const uint32_t counts = cute::set_block_rank(cute::cast_smem_ptr_to_uint(&barrier), rank);
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to), "l"(value), "r"(counts) : "memory");
+  } else {
+    static_assert(sizeof(T) == 4);
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(value), "r"(counts) : "memory");
+  }
+}
+
+// Adds one to an int32 in shared memory, at an address made by 32-bit arithmetic.
+__device__ __forceinline__ void count(uint32_t address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
 }
 
 // Programmatic dependent launch: the kernel's start overlaps the end of the one before it.
@@ -92,6 +112,13 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
   [&]<size_t... I>(std::index_sequence<I...>) {
     WgmmaAtom<kColumns>::fma(a, b, d[I]..., scale);
   }(std::make_index_sequence<kColumns / 2>());
+}
+
+// Keeps the compiler from computing a pointer anew at each of its uses.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
 }
 
 // Keeps the compiler from moving uses of registers across the asynchronous wgmma that owns them.
