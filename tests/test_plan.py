@@ -336,6 +336,20 @@ def test_a_padded_plan_without_tiles_serves_any_launch() -> None:
 
 
 @pytest.mark.parametrize("ragged", [False, True])
+def test_a_padded_plan_without_tiles_serves_no_launch_with_another_k(ragged: bool) -> None:
+    """All rows are kept whole by that k: for a launch with another their logits would be missing."""
+    short = torch.tensor([510, 511, 512], dtype=torch.int32)
+    starts = {"query_start_loc": torch.tensor([0, 3], dtype=torch.int32)} if ragged else {}
+    plan = vllm_mqa_sm90.plan(short if ragged else short.view(1, 3), **starts, padded=True, k=512, num_sms=7)
+    as_uniform = plan.view(-1, 4)[: vllm_mqa_sm90.plan_shape(7)[0]]
+    other = torch.full((9, 1), 100, dtype=torch.int32)
+    assert not len(walk(as_uniform, other, 7, k=512))
+    for k in 0, 511, 2048:
+        with pytest.raises(RuntimeError, match=f"plan: expected a plan for 9 rows in groups of 1, k {k}, given one for"):
+            walk(as_uniform, other, 7, k=k)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
 def test_what_was_never_planned_is_refused(ragged: bool) -> None:
     lens = torch.full((6,), 1000, dtype=torch.int32)
     for garbage in 0, -1, 6:

@@ -271,6 +271,10 @@ FOREIGN_PLANS = {
         "random_step([[100, 101]] * 6, device='cuda')",
         "step.context_lens, step.q, step.weights = step.context_lens[:5], step.q[:5], step.weights[:10]",
     ),
+    "another k, of which all rows are kept": (
+        "random_step([[100, 101]] * 6, device='cuda')",
+        "plan = vllm_mqa_sm90.plan(step.context_lens, padded=True, k=101)",
+    ),
     "no plan": ("random_step([[100, 101]] * 6, device='cuda')", "plan.zero_()"),
     "no plan but garbage": ("random_step([[100, 101]] * 6, device='cuda')", "plan.fill_(-1)"),
 }
@@ -282,6 +286,7 @@ def test_plans_for_other_launches_stop_them(tmp_path: Path, case: str) -> None:
     made, changed = FOREIGN_PLANS[case]
     program = f"""
 import torch
+import vllm_mqa_sm90
 from steps import random_ragged_step, random_step
 step = {made}
 plan = step.plan()

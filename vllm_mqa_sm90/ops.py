@@ -155,7 +155,7 @@ def plan(
             several groups, each of which reads the keys.
         padded: launches with this plan may have more rows than it, which are padding, as a CUDA graph
             has that was captured for more; with the shape that a plan of so many has. And where no group
-            has tiles, launches of any kind: they do nothing. Else the rows must be the same.
+            has tiles, launches of any kind with this k: they do nothing. Else the rows must be the same.
         k: for `index_topk`, 1 to 2048: groups whose rows all have at most k tokens have no tiles, as the k
             best of them are all. 0: all groups with tokens have tiles.
         num_sms: SMs to plan for; default: `out`'s, else all of the device's.

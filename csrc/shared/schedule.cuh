@@ -73,10 +73,10 @@ struct alignas(16) PlanHeader {
   }
 
   // Whether the plan is for a launch with this k, of so many rows in groups of so many, of a ragged step at most: a
-  // ragged plan for narrower groups will do. A padded one may have fewer rows, and, where it leads to no tile, be of
-  // any kind.
+  // ragged plan for narrower groups will do. A padded one may have fewer rows, and, where it leads to no tile, be for
+  // any rows and groups, but not for another k: groups without tiles here may have some there.
   MQA_HOST_DEVICE bool fits(bool ragged, int32_t launch_rows, int32_t max_rows, int32_t k) const {
-    if (kind >> kVersionBit == kVersion && (kind & kPadded) && (kind & kEmpty)) return true;
+    if ((kind & kPadded) && (kind & kEmpty)) return kind >> kKBit == kind_of(false, 0, k) >> kKBit;  // version and k
     const uint32_t least = kind_of(ragged, ragged ? 1 : max_rows, k), most = kind_of(ragged, max_rows, k);
     const uint32_t own = kind & ~(kPadded | kEmpty);
     return own >= least && own <= most && (kind & kPadded ? rows <= launch_rows : rows == launch_rows);
