@@ -82,6 +82,7 @@ def test_verdict_for(hopper: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert "would take over the sparse indexer's decode here" in out
     count = len({seam.path for seam in seams.applying(seams.release())})
     assert f"{count} places that the plugin replaces or relies on, none unlike expected" in out
+    assert f"decode here. Top-k: {plugin.whose_topk()}.\n" in out
 
 
 def test_verdict_against(hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +91,21 @@ def test_verdict_against(hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("COLUMNS", "20")  # cuts nothing
     assert run() == 1
     assert "The plugin would not take over here:\n- the moon\n- [the] tide\n" in capsys.readouterr().out
+    assert check.examine()["topk"] is None
+
+
+@pytest.mark.parametrize(
+    ("version", "whose"),
+    [
+        ("0.29.1", "vLLM's: vLLM 0.29.1 has no place for another, as 0.30 has"),
+        ("0.30.0", "the plugin's, unless --sparse-indexer-topk-backend names one of vLLM's"),
+        ("0.33.0", "the plugin's, unless --sparse-indexer-topk-backend names one of vLLM's"),
+    ],
+)
+def test_whose_topk(hopper: None, monkeypatch: pytest.MonkeyPatch, version: str, whose: str) -> None:
+    monkeypatch.setattr(seams, "vllm_version", lambda: version)
+    monkeypatch.setattr(plugin, "seams_problem", lambda: None)
+    assert check.examine()["topk"] == whose
 
 
 def test_difference_in_vllm_is_shown_once(

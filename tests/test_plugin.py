@@ -2,6 +2,7 @@
 """The plugin in a real vLLM, without a GPU: its platform says Hopper, and tensors are on the CPU."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -18,20 +19,24 @@ import pytest
 import torch
 import vllm.logger
 import vllm.platforms
-from vllm.config import AttentionConfig, CompilationConfig, ParallelConfig
+from vllm.config import AttentionConfig, CompilationConfig, KernelConfig, ParallelConfig
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import backend, ops, plugin, seams
+from vllm_mqa_sm90 import backend, ops, plugin, reference, seams, wrappers
 
 NUM_SMS = 132
 PAGES = 70  # a request's; more than its tokens need, as vLLM's tables are
 INSTALLED = tuple(seams.applying(seams.release()))
 GATED = seams.release() >= (0, 28)
-REPLACED = (seams.BUILDER_OF_BACKEND, seams.SCHEDULE, seams.LOGITS, *((seams.NATIVE_GATE,) if GATED else ()))
+HANDED_OVER = seams.hands_over_topk()
+REPLACED = (
+    seams.BUILDER_OF_BACKEND, seams.SCHEDULE, seams.LOGITS,
+    *((seams.NATIVE_GATE,) if GATED else ()), *((seams.TOPK,) if HANDED_OVER else ()),
+)  # fmt: skip
 
 
 class NvmlCudaPlatform(Platform):
@@ -63,7 +68,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts and ends with vLLM as it was installed."""
     monkeypatch.delenv("MQA_SM90", raising=False)
     monkeypatch.setattr(backend, "outcome", dict(backend.outcome))
-    monkeypatch.setattr(backend, "_max_rows", 1)
+    monkeypatch.setattr(wrappers, "steps", wrappers.Steps())
     backend._builders.clear()
     for name in ("_print_info_once", "_print_warning_once"):
         getattr(vllm.logger, name).cache_clear()
@@ -235,8 +240,10 @@ def test_register_leaves_cuda_uninitialised() -> None:
 # The metadata builder.
 
 
-def make_config(tokens: int, *, heads: int = 64, adaptive: bool = False, **parallel: int) -> Any:
-    """The parts of a VllmConfig that the builder reads."""
+def make_config(
+    tokens: int, *, heads: int = 64, adaptive: bool = False, index_topk: int | None = None, topk: str = "auto", **parallel: int
+) -> Any:
+    """The parts of a VllmConfig that the builder reads; without `index_topk` the top-k is vLLM's."""
     parallel_config = ParallelConfig()
     for name, value in parallel.items():
         setattr(parallel_config, name, value)
@@ -248,7 +255,10 @@ def make_config(tokens: int, *, heads: int = 64, adaptive: bool = False, **paral
         parallel_config=parallel_config,
         attention_config=attention_config,
         compilation_config=CompilationConfig(),
-        model_config=SimpleNamespace(max_model_len=4096, hf_text_config=SimpleNamespace(index_n_heads=heads)),
+        kernel_config=KernelConfig(sparse_indexer_topk_backend=topk) if HANDED_OVER else None,
+        model_config=SimpleNamespace(
+            max_model_len=4096, hf_text_config=SimpleNamespace(index_n_heads=heads, index_topk=index_topk)
+        ),
         speculative_config=SimpleNamespace(num_speculative_tokens=tokens, enable_adaptive_verification=adaptive)
         if tokens
         else None,
@@ -437,6 +447,26 @@ def test_what_is_padded_otherwise_than_a_uniform_step_is_ragged(
     assert groups_of(metadata.decode.schedule_metadata) == step.groups
 
 
+def run_op(
+    monkeypatch: pytest.MonkeyPatch, layer: str, metadata: Any, rows: int, chosen: torch.Tensor, k: int, **others: Any
+) -> None:
+    """vLLM's op over a step of so many rows; it chooses `k` tokens of each into `chosen`."""
+    op = sys.modules[seams.OP]
+    context = SimpleNamespace(attn_metadata={layer: metadata}, cudagraph_runtime_mode=None)
+    monkeypatch.setattr(op, "get_forward_context", lambda: context)
+    manager = SimpleNamespace(get_simultaneous=lambda *specs: [torch.empty(0)] * len(specs))
+    monkeypatch.setattr(op, "current_workspace_manager", lambda: manager)
+    given = {
+        "hidden_states": torch.empty(rows, 8), "k_cache_prefix": layer, "kv_cache": torch.empty(2, 64, 132),
+        "q_quant": torch.empty(rows, 64, 128), "q_scale": None, "k": None, "weights": torch.empty(rows, 64),
+        "quant_block_size": 128, "scale_fmt": None, "topk_tokens": k, "head_dim": 128, "max_model_len": 4096,
+        "total_seq_lens": 300, "topk_indices_buffer": chosen, "skip_k_cache_insert": True, "use_pcp": False,
+        "pcp_shard_decode_requests": False, "dense_mha_metadata_layer_name": "",
+    }  # fmt: skip
+    parameters = inspect.signature(op.sparse_attn_indexer).parameters
+    op.sparse_attn_indexer(**{name: value for name, value in (given | others).items() if name in parameters})
+
+
 @pytest.mark.parametrize("query", [[0], [0, 0], [0, 90, 0], [0, 0, 90, 90]], ids=str)
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7])
@@ -445,8 +475,7 @@ def test_decode_part_without_query_tokens(
 ) -> None:
     """vLLM's op would score one row for it, the first of the buffer, which is the first prefill's."""
     scored = []
-    indexer, op = sys.modules[seams.INDEXER], sys.modules[seams.OP]
-    monkeypatch.setattr(indexer, "build_prefill_chunk_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(sys.modules[seams.INDEXER], "build_prefill_chunk_metadata", lambda *_, **__: None)
     config = make_config(tokens, adaptive=adaptive)
     layer = add_cache(config)
     builder = make_builder(config, make_spec(), layer)
@@ -454,22 +483,10 @@ def test_decode_part_without_query_tokens(
     metadata = builder.build(0, make_step([300] * len(query), query))
     assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.num_prefill_tokens) == (0, 0, sum(query))
 
-    context = SimpleNamespace(attn_metadata={layer: metadata}, cudagraph_runtime_mode=None)
-    monkeypatch.setattr(op, "get_forward_context", lambda: context)
-    monkeypatch.setattr(op, "fp8_fp4_paged_mqa_logits", lambda *_, **__: scored.append(1))
-    manager = SimpleNamespace(get_simultaneous=lambda *specs: [torch.empty(0)] * len(specs))
-    monkeypatch.setattr(op, "current_workspace_manager", lambda: manager)
+    monkeypatch.setattr(sys.modules[seams.OP], "fp8_fp4_paged_mqa_logits", lambda *_, **__: scored.append(1))
     chosen = torch.arange(rows * 2048, dtype=torch.int32).view(rows, 2048)
     before = chosen.clone()
-    given = {
-        "hidden_states": torch.empty(0, 8), "k_cache_prefix": layer, "kv_cache": torch.empty(2, 64, 132),
-        "q_quant": torch.empty(rows, 64, 128), "q_scale": None, "k": None, "weights": torch.empty(rows, 64),
-        "quant_block_size": 128, "scale_fmt": None, "topk_tokens": 2048, "head_dim": 128, "max_model_len": 4096,
-        "total_seq_lens": 300, "topk_indices_buffer": chosen, "skip_k_cache_insert": True, "use_pcp": False,
-        "pcp_shard_decode_requests": False, "dense_mha_metadata_layer_name": "",
-    }  # fmt: skip
-    parameters = inspect.signature(op.sparse_attn_indexer).parameters
-    op.sparse_attn_indexer(**{name: value for name, value in given.items() if name in parameters})
+    run_op(monkeypatch, layer, metadata, rows, chosen, 2048, hidden_states=torch.empty(0, 8))
     assert not scored and torch.equal(chosen, before)
 
 
@@ -618,18 +635,19 @@ def test_cudagraphs_hold_uniform_batches(schedules: list[Any]) -> None:
 
 if seams.release() >= (0, 32):
 
+    @pytest.mark.parametrize("k", [None, 128])
     @pytest.mark.parametrize("tokens", [1, 2])
-    def test_draft_steps_make_our_plan(schedules: list[Any], tokens: int) -> None:
-        config = make_config(tokens)
+    def test_draft_steps_make_our_plan(schedules: list[Any], tokens: int, k: int | None) -> None:
+        config = make_config(tokens, index_topk=k)
         builder = make_builder(config, make_spec(), add_cache(config))
         step = make_step([64, 128], [1, 1])
         metadata = builder.build(0, step)
         metadata.seq_lens += 1
         builder.update_draft_decode_metadata(metadata)
         assert metadata.decode.seq_lens.tolist() == [[65], [129]]
-        assert torch.equal(
-            metadata.decode.schedule_metadata, plan_of(metadata.decode.seq_lens)
-        )
+        plan = metadata.decode.schedule_metadata
+        assert torch.equal(plan, plan_of(metadata.decode.seq_lens, k=k or 0))
+        assert plan[1:, 2].sum() == (3 if k else 2 + 3)
         assert not schedules
 
     @pytest.mark.parametrize("adaptive", [False, True])
@@ -797,15 +815,196 @@ def test_logits_go_by_the_schedule(hopper: None, monkeypatch: pytest.MonkeyPatch
     assert call(*args, plan, max_model_len=4096, **options) == (
         "ours",
         ("q", "kv", "weights", "lengths", "table", plan),
-        {"max_context_len": 4096, "max_rows": None, "clean_logits": False},
+        {"max_context_len": 4096, "max_rows": None, "k": 0, "clean_logits": False},
     )
-    monkeypatch.setattr(backend, "_max_rows", 3)
+    wrappers.steps.max_rows = 3
     ragged, lengths = torch.zeros(ops.plan_shape(NUM_SMS, 5), dtype=torch.int32), torch.arange(5).view(5, 1)
     name, given, limits = call(("q", None), "kv", "weights", lengths, "table", ragged, max_model_len=4096, **options)
     assert name == "ours" and given[3].tolist() == [0, 1, 2, 3, 4] and given[5] is ragged
-    assert limits == {"max_context_len": 4096, "max_rows": 3, "clean_logits": False}
+    assert limits == {"max_context_len": 4096, "max_rows": 3, "k": 0, "clean_logits": False}
     schedule = torch.zeros(NUM_SMS + 1, 2)
     assert call(*args, schedule, max_model_len=4096, **options) == ("stock", (*args, schedule, 4096), options)
+
+
+# The top-k.
+
+K = 128  # of the tests' configurations
+OURS = K if HANDED_OVER else 0
+
+
+def k_of(plan: torch.Tensor) -> int:
+    return int(plan.view(-1, 4)[0, 3]) >> 12 & 0xFFF
+
+
+@pytest.mark.parametrize("query", [[3, 3, 3], [3, 1, 2]], ids=str)
+def test_plans_leave_out_what_the_topk_keeps_whole(
+    schedules: list[Any], log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, query: list[int]
+) -> None:
+    monkeypatch.setattr(ops, "launch_counts", dict)
+    config = make_config(2, index_topk=K)
+    builder = make_builder(config, make_spec(), add_cache(config))
+    step = make_step([K, K + 1, 4096], query)
+    decode = builder.build(0, step).decode
+    ragged = ops.is_ragged(decode.schedule_metadata)
+    starts = {"query_start_loc": step.query_start_loc, "max_rows": 3} if ragged else {}
+    lens = decode.seq_lens.view(-1) if ragged else decode.seq_lens
+    assert ragged == (query != [3, 3, 3])
+    assert torch.equal(decode.schedule_metadata, plan_of(lens, **starts, k=OURS))
+    shares = decode.schedule_metadata.view(-1, 4)[1 : ops.plan_shape(NUM_SMS)[0]]
+    assert shares[:, 2].sum() == (0 if OURS else 2) + 3 + 64
+    assert k_of(decode.schedule_metadata) == backend.report()["topk"] == OURS
+    whose = "the plugin's, of 128 tokens" if HANDED_OVER else f"vLLM's: vLLM {vllm.__version__} has no place for another"
+    assert any(line.startswith(f"MQA SM90: the top-k of decode steps is {whose}") for line in log(logging.INFO))
+
+
+def test_plans_of_v4_go_by_compressed_lengths(schedules: list[Any]) -> None:
+    config = make_config(2, index_topk=64)
+    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
+    builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+    with without_slot_mapping():
+        plan = builder.build(0, make_step([4096, 258], [3, 3])).decode.schedule_metadata
+    assert plan[1:, 2].sum() == 16 + (0 if HANDED_OVER else 1)
+    assert k_of(plan) == (64 if HANDED_OVER else 0)
+
+
+if HANDED_OVER:
+
+    @pytest.fixture
+    def called(hopper: None) -> list[tuple[str, tuple[Any, ...]]]:
+        """vLLM as taken over, with a stand-in for its top-k: the backend and the arguments of each call."""
+        calls: list[tuple[str, tuple[Any, ...]]] = []
+
+        @functools.cache
+        def get_indexer_topk(backend: str) -> Callable[..., None]:
+            return lambda *args: calls.append((backend, args))
+
+        seams.replace({seams.TOPK: get_indexer_topk})
+        plugin.register()
+        assert backend.outcome["installed"], backend.outcome["reason"]
+        return calls
+
+    def made_for(k: int | None) -> torch.Tensor:
+        logits = torch.zeros(2, 64)
+        if k is not None:
+            setattr(logits, wrappers.MARK, k)
+        return logits
+
+    def test_a_named_topk_is_vllms(called: list[Any]) -> None:
+        topk = seams.resolve(seams.TOPK)
+        assert topk("persistent") is topk.__wrapped__("persistent")
+        args = made_for(K), "lens", 3, "indices", K, 4096
+        topk("persistent")(*args)
+        assert called == [("persistent", args)]
+
+    @pytest.mark.parametrize("k", [None, 64, K - 1])
+    def test_logits_that_were_not_made_for_it_are_left_to_vllms_topk(called: list[Any], k: int | None) -> None:
+        """Also where fewer rows are without logits than it needs none of."""
+        args = made_for(k), "lens", 3, "indices", K, 4096
+        seams.resolve(seams.TOPK)("auto")(*args)
+        assert called == [("auto", args)]
+
+    def test_a_topk_of_logits_that_were_not_computed_is_an_error(called: list[Any]) -> None:
+        with pytest.raises(RuntimeError, match=r"topk_tokens: expected 129, the index_topk .*, given 128: name vLLM's top-k"):
+            seams.resolve(seams.TOPK)("auto")(made_for(K + 1), "lens", 3, "indices", K, 4096)
+        assert not called
+
+    def test_logits_made_for_it_are_ours_to_select_from(called: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        ours = []
+        monkeypatch.setattr(ops, "topk_indices", lambda *args, **options: ours.append((args, options)))
+        logits = made_for(K)
+        topk = seams.resolve(seams.TOPK)
+        assert topk("auto") is topk("auto")
+        topk("auto")(logits, "lens", 3, "indices", K, 4096)
+        assert ours == [((logits, "lens", K), {"out": "indices"})] and not called
+
+    STEPS = {
+        "k=0": (0, [300, 64, 4000], [1] * 3, None, 1),
+        "k=1": (1, [300, 64, 4000], [2] * 3, None, 1),
+        "k=2": (2, [300, 64, 4000], [3] * 3, None, 1),
+        "k=3": (3, [300, 64, 4000], [4] * 3, None, 1),
+        "first drafts": (2, [300, 64, 4000], [1] * 3, None, 1),
+        "ragged": (2, [300, 64, 4000], [3, 1, 2], None, 1),
+        "padded requests": (2, [300, 64, 0], [3, 3, 0], 9, 1),
+        "padded rows": (2, [300, 64, 0], [3, 3, 0], 8, 1),
+        "a request without tokens": (2, [300, 64, 4000], [0, 3, 3], None, 1),
+        "V4, k=0": (0, [1300, 64, 4000], [1] * 3, None, 4),
+        "V4, k=2": (2, [1300, 64, 4000], [3] * 3, None, 4),
+        "V4, ragged": (2, [1300, 64, 4000], [3, 1, 2], None, 4),
+        "V4, padded rows": (2, [1300, 64, 0], [1, 1, 0], 4, 4),
+    }
+
+    @pytest.mark.parametrize("adaptive", [False, True])
+    @pytest.mark.parametrize("case", STEPS)
+    def test_vllms_op_has_ours_select(
+        schedules: list[Any], monkeypatch: pytest.MonkeyPatch, case: str, adaptive: bool
+    ) -> None:
+        """Its own arguments, through its own code, are what our op takes, as that says where it ends: on the CPU."""
+        tokens, context, query, padded, compression = STEPS[case]
+        config = make_config(tokens, adaptive=adaptive, index_topk=K)
+        if compression == 1:
+            layer, spec = add_cache(config), make_spec()
+        else:
+            layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
+            spec = make_spec(block_size=256, compression=compression)
+        builder = make_builder(config, spec, layer)
+        with without_slot_mapping():
+            metadata = builder.build(0, make_step(context, query, padded))
+        rows = padded or sum(query)
+        made, select = [], ops.topk_indices
+
+        def logits(q: torch.Tensor, *args: Any, max_context_len: int, k: int, **_: Any) -> torch.Tensor:
+            made.append(torch.randn(rows, max_context_len + 64)[:, :max_context_len])
+            assert k == k_of(args[4]) == K and q.shape[:-2].numel() == args[2].numel() == rows
+            return made[-1]
+
+        def topk_indices(logits: torch.Tensor, context_lens: torch.Tensor, k: int, *, out: torch.Tensor) -> None:
+            with pytest.raises(RuntimeError, match="logits: expected tensors on a CUDA device"):
+                select(logits, context_lens, k, out=out)
+            out.copy_(reference.topk_indices(logits, context_lens, k))
+
+        monkeypatch.setattr(ops, "paged_mqa_logits", logits)
+        monkeypatch.setattr(ops, "topk_indices", topk_indices)
+        chosen = torch.full((rows + 2, K + 32), -7, dtype=torch.int32)
+        run_op(monkeypatch, layer, metadata, rows, chosen, K)
+        lens = metadata.decode.seq_lens.view(-1)
+        assert torch.equal(chosen[:rows, :K], reference.topk_indices(made[0], lens, K))
+        assert (chosen[rows:] == -7).all()
+        assert not schedules
+
+    @pytest.mark.parametrize("query", [[3, 1], [1, 1]], ids=str)
+    def test_a_step_that_is_all_kept_does_nothing_in_any_graph(schedules: list[Any], query: list[int]) -> None:
+        config = make_config(2, index_topk=K)
+        builder = make_builder(config, make_spec(), add_cache(config))
+        captured = builder.build(0, make_step([900] * 4, [3] * 4)).decode
+        short = builder.build(0, make_step([100, 90], query)).decode.schedule_metadata
+        as_captured = short.view(-1, 4)[: len(captured.schedule_metadata)]
+        assert as_captured.data_ptr() == captured.schedule_metadata.data_ptr()
+        torch.ops.vllm_mqa_sm90.walk(as_captured, captured.seq_lens, None, K, torch.zeros(0, 5, dtype=torch.int32))
+
+    @pytest.mark.parametrize("first", [0, K])
+    def test_a_model_with_another_topk_is_refused(
+        schedules: list[Any], log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, first: int
+    ) -> None:
+        """Calls of vLLM's op do not say whose step they are of."""
+        monkeypatch.setattr(ops, "launch_counts", dict)
+        config, other = make_config(2, index_topk=first), make_config(2, index_topk=64)
+        kept = make_builder(config, make_spec(), add_cache(config))
+        refused = make_builder(other, make_spec(), add_cache(other))
+        of_first = f"the plugin's, of {first} tokens" if first else "vLLM's"
+        assert refused.refusal == (
+            f"its top-k would be the plugin's, of 64 tokens, and is {of_first} for a model before it in this process"
+        )
+        assert kept.refusal is None and refused.refusal in log(logging.WARNING)[-1]
+        assert wrappers.steps.k == backend.report()["topk"] == first
+        assert make_builder(config, make_spec(), add_cache(config)).refusal is None
+
+    def test_a_topk_with_other_parameters_leaves_vllm_untouched(
+        hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def get_indexer_topk(backend: str, topk_tokens: int) -> None: ...
+
+        monkeypatch.setattr(sys.modules[seams.OP], "get_indexer_topk", get_indexer_topk)
+        assert_untouched(f"{seams.TOPK}: expected parameters (backend), found (backend, topk_tokens)", log, monkeypatch)
 
 
 # The report.

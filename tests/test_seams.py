@@ -4,6 +4,8 @@
 import sys
 import types
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,7 @@ def test_each_release_has_one_record_of_each_replaced_name(release: seams.Releas
     for path in (seams.BUILDER_OF_BACKEND, seams.SCHEDULE, seams.LOGITS):
         assert paths.count(path) == 1
     assert paths.count(seams.NATIVE_GATE) == (release >= (0, 28))
+    assert paths.count(seams.TOPK) == (release >= (0, 30))
 
 
 @pytest.mark.parametrize("seam", INSTALLED, ids=lambda seam: seam.path)
@@ -65,3 +68,43 @@ def test_replace_reaches_modules_and_classes(monkeypatch: pytest.MonkeyPatch) ->
         {"replaced_module:function": lambda: "ours", "replaced_module:Owner.method": staticmethod(lambda: "ours")}
     )
     assert (module.function(), module.Owner.method()) == ("ours", "ours")
+
+
+def config(index_topk: int | None = 2048, backend: str = "auto", dcp: int = 1, draft: int | None = None) -> Any:
+    of_draft = SimpleNamespace(hf_text_config=SimpleNamespace(index_topk=draft))
+    return SimpleNamespace(
+        kernel_config=SimpleNamespace(sparse_indexer_topk_backend=backend),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=dcp),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**({"index_topk": index_topk} if index_topk else {}))),
+        speculative_config=SimpleNamespace(draft_model_config=of_draft) if draft else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "k", "reason"),
+    [
+        (config(), 2048, None),
+        (config(512, draft=512), 512, None),
+        (config(512, draft=1024), 0, "index_topk is 512, and 1024 in the draft model"),
+        (config(2049), 0, "index_topk is 2049; the plugin's selects 1 to 2048 tokens"),
+        (config(None), 0, "index_topk is None; the plugin's selects 1 to 2048 tokens"),
+        (config(backend="persistent"), 0, "sparse_indexer_topk_backend is persistent"),
+        (config(dcp=2), 0, "decode context parallelism reads the logits of all rows"),
+    ],
+)  # fmt: skip
+def test_tokens_to_select(monkeypatch: pytest.MonkeyPatch, given: Any, k: int, reason: str | None) -> None:
+    monkeypatch.setattr(seams, "vllm_version", lambda: "0.30.1")
+    assert (seams.tokens_to_select(given), seams.stock_topk_reason(given)) == (k, reason)
+    assert seams.hands_over_topk() and seams.stock_topk_reason() is None
+    monkeypatch.setattr(seams, "vllm_version", lambda: "0.29.0")
+    for any_config in given, None:
+        assert seams.stock_topk_reason(any_config) == "vLLM 0.29.0 has no place for another, as 0.30 has"
+    assert seams.tokens_to_select(given) == 0 and not seams.hands_over_topk()
+
+
+@pytest.mark.skipif(not seams.hands_over_topk(), reason="vLLM has no such setting before 0.30")
+def test_the_users_choice_of_a_topk_is_where_it_is_looked_for() -> None:
+    from vllm.config import KernelConfig
+
+    assert KernelConfig().sparse_indexer_topk_backend == "auto"
+    assert KernelConfig(sparse_indexer_topk_backend="per_row").sparse_indexer_topk_backend == "per_row"

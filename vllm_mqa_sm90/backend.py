@@ -5,29 +5,22 @@ The builder stays vLLM's own: ours is a subclass that puts our plan where DeepGE
 Steps whose requests bring equally many query rows take vLLM's native path. Others take the one on
 which vLLM makes a request of each row, of which ours keeps the shapes alone: the plan says which
 rows share a request, and so a block table and the keys. The plan's shape then tells the custom op,
-layer by layer, whose kernel the step is for, and whether it is ragged.
+layer by layer, whose kernel the step is for, and whether it is ragged (`wrappers`).
 """
 
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_mqa_sm90 import machine, ops, seams
+from vllm_mqa_sm90 import machine, ops, seams, wrappers
 
 MODES = ("auto", "require", "off")
 
-# The builder (or builder class, where only the configuration is asked for) whose code runs now.
-_building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
 _builders: "weakref.WeakSet[Any]" = weakref.WeakSet()
-# Most query rows of a request in the steps of these builders.
-_max_rows = 1
 
 outcome: dict[str, Any] = {"installed": False, "reason": "vLLM has not called the plugin in this process"}
 """What the plugin did in this process: `installed`, and if not, the `reason`."""
@@ -47,15 +40,6 @@ def logger() -> Any:
     from vllm.logger import init_logger
 
     return init_logger("vllm.mqa_sm90")
-
-
-@contextmanager
-def _as(builder: Any) -> Iterator[None]:
-    token = _building.set(builder)
-    try:
-        yield
-    finally:
-        _building.reset(token)
 
 
 def refusal(builder: type, vllm_config: Any, kv_cache_spec: Any = None) -> str | None:
@@ -87,7 +71,14 @@ def _config_refusal(builder: type, vllm_config: Any) -> str | None:
         return "vLLM's configuration lists no indexer cache"
     if unknown := caches.difference(seams.CACHES):
         return f"the model's indexer cache is one that this version does not know: {', '.join(sorted(unknown))}"
+    k = seams.tokens_to_select(vllm_config)
+    if wrappers.steps.k not in (None, k):
+        return f"its top-k would be {_topk_of(k)}, and is {_topk_of(wrappers.steps.k)} for a model before it in this process"
     return None
+
+
+def _topk_of(k: int) -> str:
+    return f"the plugin's, of {k} tokens" if k else "vLLM's"
 
 
 def _cache_refusal(kv_cache_spec: Any) -> str | None:
@@ -117,7 +108,7 @@ def make_backend() -> type:
             taken = refusal(cls, vllm_config) is None
             if taken and _adapts(vllm_config):
                 return seams.resolve(seams.CUDAGRAPH_SUPPORT).ALWAYS
-            with _as(cls if taken else None):
+            with wrappers.as_builder(cls if taken else None):
                 return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
         def __init__(
@@ -129,9 +120,10 @@ def make_backend() -> type:
             if self.refusal is not None:
                 _refuse(self.refusal)
                 return
-            global _max_rows
             next_n = self.num_speculative_tokens + 1
-            _max_rows = max(_max_rows, next_n)
+            steps = wrappers.steps
+            steps.max_rows = max(steps.max_rows, next_n)
+            steps.k = seams.tokens_to_select(vllm_config)
             # What it takes to be vLLM's own again: its tensors are bound to the layers later.
             self._caches_seen = False
             self._stock = {name: getattr(self, name) for name in ("use_flattening", "scheduler_metadata_buffer")}
@@ -141,6 +133,8 @@ def make_backend() -> type:
             self._ragged_plans = torch.zeros(rows, columns, dtype=torch.int32, device=self.device)
             rows, columns = ops.plan_shape(self.num_sms)
             self._uniform_plan = self._ragged_plans.view(-1, columns)[:rows]
+            why = seams.stock_topk_reason(vllm_config)
+            logger().info_once("MQA SM90: the top-k of decode steps is %s%s", _topk_of(steps.k), f": {why}" if why else "")
             logger().info_once(
                 "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)", next_n - 1, next_n
             )
@@ -154,11 +148,8 @@ def make_backend() -> type:
             # length go through the prefill logits, which gather their whole contexts.
             self.use_flattening = self._always_ragged or self._is_ragged(common_attn_metadata)
             self._query_start_loc = common_attn_metadata.query_start_loc
-            token = _building.set(self)
-            try:
+            with wrappers.as_builder(self):
                 metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-            finally:
-                _building.reset(token)
             if metadata.num_decode_tokens == 0:
                 # Requests without query tokens alone: for them vLLM's op would score, and overwrite the choice
                 # of, the first row of the buffer, which is a prefill's.
@@ -254,7 +245,7 @@ def make_backend() -> type:
             # Whatever was built since: this step's kind, and a row for each request.
             self.use_flattening = ops.is_ragged(decode.schedule_metadata)
             self._query_start_loc = self.arange_buffer[: metadata.num_decode_tokens + 1]
-            with _as(self):
+            with wrappers.as_builder(self):
                 return super().update_draft_decode_metadata(metadata)
 
         def plan(self, context_lens: torch.Tensor) -> torch.Tensor:
@@ -264,17 +255,17 @@ def make_backend() -> type:
             vLLM may replay a CUDA graph that was captured for more rows (drafts of varying number, from 0.29 on), or
             for a uniform step that has no token now (an empty micro-batch, from 0.30 on).
             """
+            options = {"padded": True, "k": wrappers.steps.k}
             if self.use_flattening:
                 rows = ops.plan_shape(self.num_sms, len(context_lens))[0]
                 self.scheduler_metadata_buffer = plan = self._ragged_plans[:rows]
                 max_rows = self.num_speculative_tokens + 1
-                return ops.plan(
-                    context_lens.view(-1), query_start_loc=self._query_start_loc, max_rows=max_rows, padded=True, out=plan
-                )
+                starts = self._query_start_loc
+                return ops.plan(context_lens.view(-1), query_start_loc=starts, max_rows=max_rows, **options, out=plan)
             self.scheduler_metadata_buffer = plan = self._uniform_plan
             if context_lens.shape[1] == 0:  # requests without query tokens alone
                 context_lens = context_lens.view(0, 1)
-            return ops.plan(context_lens, padded=True, out=plan)
+            return ops.plan(context_lens, **options, out=plan)
 
     class MqaSm90IndexerBackend(stock_backend):
         """vLLM's backend with our builder. It keeps vLLM's name, by which vLLM picks warm-ups."""
@@ -298,72 +289,25 @@ def _refuse(reason: str) -> None:
     logger().warning_once("MQA SM90: %s", message)
 
 
-def _schedule(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(stock)
-    def get_paged_mqa_logits_metadata(context_lens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        builder = _building.get()
-        return stock(context_lens, *args, **kwargs) if builder is None else builder.plan(context_lens)
-
-    return get_paged_mqa_logits_metadata
-
-
-def _native_gate(stock: Callable[[int], bool]) -> Callable[[int], bool]:
-    @functools.wraps(stock)
-    def _supports_native_decode(next_n: int) -> bool:
-        return stock(next_n) if _building.get() is None else next_n <= ops.MAX_NEXT_N
-
-    return _supports_native_decode
-
-
-def _logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    plan_columns = ops.UNIFORM_PLAN_COLUMNS, ops.RAGGED_PLAN_COLUMNS  # DeepGEMM's schedule has two
-
-    @functools.wraps(stock)
-    def fp8_fp4_paged_mqa_logits(
-        q: tuple[torch.Tensor, torch.Tensor | None],
-        kv_cache: torch.Tensor,
-        weights: torch.Tensor,
-        context_lens: torch.Tensor,
-        block_tables: torch.Tensor,
-        schedule_metadata: torch.Tensor,
-        max_model_len: int,
-        **options: Any,
-    ) -> torch.Tensor:
-        if schedule_metadata.shape[1] not in plan_columns:
-            return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
-        ragged = ops.is_ragged(schedule_metadata)
-        return ops.paged_mqa_logits(
-            q[0],
-            kv_cache,
-            weights,
-            context_lens.view(-1) if ragged else context_lens,
-            block_tables,
-            schedule_metadata,
-            max_context_len=max_model_len,
-            max_rows=_max_rows if ragged else None,
-            clean_logits=options.get("clean_logits", False),
-        )
-
-    return fp8_fp4_paged_mqa_logits
-
-
 def replacements() -> dict[str, Any]:
     """What goes in the place of each replaced seam."""
-    made: dict[str, Any] = {
-        seams.BUILDER_OF_BACKEND: staticmethod(make_backend().get_builder_cls),
-        seams.SCHEDULE: _schedule(seams.resolve(seams.SCHEDULE)),
-        seams.LOGITS: _logits(seams.resolve(seams.LOGITS)),
+    made: dict[str, Any] = {seams.BUILDER_OF_BACKEND: staticmethod(make_backend().get_builder_cls)}
+    wrap = {
+        seams.SCHEDULE: wrappers.schedule,
+        seams.NATIVE_GATE: wrappers.native_gate,
+        seams.LOGITS: wrappers.logits,
+        seams.TOPK: wrappers.topk,
     }
-    if any(seam.path == seams.NATIVE_GATE for seam in seams.applying(seams.release())):
-        made[seams.NATIVE_GATE] = _native_gate(seams.resolve(seams.NATIVE_GATE))
-    return made
+    there = {seam.path for seam in seams.applying(seams.release())}
+    return made | {path: wrapper(seams.resolve(path)) for path, wrapper in wrap.items() if path in there}
 
 
 def report() -> dict[str, Any]:
     """What runs on our kernel in this process; JSON-able. Reading `launches` synchronises with the GPU.
 
     `taken_over`, else the `reason`; `layers`: names of the indexer caches with native builders;
-    `builders`: how many; `num_speculative_tokens`; `launches`: of the kernel, by next_n; `versions`.
+    `builders`: how many; `num_speculative_tokens`; `topk`: tokens that our top-k selects, 0 where vLLM's does; `launches`:
+    of the logits kernel, by next_n; `versions`.
     """
     native = [builder for builder in _builders if builder.refusal is None]
     refusals = [builder.refusal for builder in _builders if builder.refusal is not None]
@@ -376,6 +320,7 @@ def report() -> dict[str, Any]:
         "layers": sorted({name for builder in native for name in builder.layer_names}),
         "builders": len(native),
         "num_speculative_tokens": max((builder.num_speculative_tokens for builder in native), default=None),
+        "topk": (wrappers.steps.k or 0) if native else 0,
         "launches": {str(next_n): count for next_n, count in ops.launch_counts().items()} if native else {},
         "versions": {"vllm_mqa_sm90": machine.version(), "vllm": seams.vllm_version(), "torch": str(torch.__version__)},
     }

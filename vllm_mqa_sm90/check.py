@@ -18,7 +18,8 @@ def examine() -> dict[str, Any]:
     """What the plugin would find here; JSON-able.
 
     `reasons` against taking over, all of them (empty: it would), and what they rest on: `versions` (None: not
-    installed), `gpus`, `environment`, `seams`: each place in vLLM once, with its `problem` (None: matches).
+    installed), `gpus`, `environment`, `seams`: each place in vLLM once, with its `problem` (None: matches). `topk`:
+    whose top-k would follow the plugin's logits (None: there would be none).
     """
     # Of a vLLM without a GPU warnings are many, and say nothing that is not among the reasons.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -28,7 +29,7 @@ def examine() -> dict[str, Any]:
 
     versions = {"vllm_mqa_sm90": machine.version(), "torch": torch.__version__, "cuda": torch.version.cuda, "vllm": None}
     gpus, environment = machine.gpus(), machine.environment()
-    report: dict[str, Any] = {"versions": versions, "gpus": gpus, "environment": environment, "seams": []}
+    report: dict[str, Any] = {"versions": versions, "gpus": gpus, "environment": environment, "seams": [], "topk": None}
     mode_problem = vllm_problem = None
     try:
         mode_problem = "MQA_SM90 is off" if backend.mode() == "off" else None
@@ -57,6 +58,8 @@ def examine() -> dict[str, Any]:
         place = places.setdefault(seam.path, {"path": seam.path, "why": seam.why, "problem": None})
         place["problem"] = place["problem"] or seam.problem()
     report["seams"] = list(places.values())
+    if not report["reasons"]:
+        report["topk"] = plugin.whose_topk()
     return report
 
 
@@ -81,7 +84,7 @@ def _show(report: dict[str, Any]) -> None:
         differ = sum(place["problem"] is not None for place in places)
         _fact("code of vLLM", f"{len(places)} places that the plugin replaces or relies on, {differ or 'none'} unlike expected")
     if not report["reasons"]:
-        print("\nThe plugin would take over the sparse indexer's decode here.")
+        print(f"\nThe plugin would take over the sparse indexer's decode here. Top-k: {report['topk']}.")
         return
     print("\nThe plugin would not take over here:")
     for reason in report["reasons"]:

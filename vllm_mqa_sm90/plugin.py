@@ -63,6 +63,12 @@ def seams_problem() -> str | None:
     return "vLLM differs from what this version knows: " + "; ".join(mismatches) if mismatches else None
 
 
+def whose_topk() -> str:
+    """Whose top-k follows our logits in decode steps of the installed vLLM."""
+    reason = seams.stock_topk_reason()
+    return f"vLLM's: {reason}" if reason else "the plugin's, unless --sparse-indexer-topk-backend names one of vLLM's"
+
+
 def register() -> None:
     """Takes over, or says why not: see `MQA_SM90` in the README."""
     mode = backend.mode()

@@ -3,8 +3,8 @@
 
 A decode step of the sparse indexer goes through three modules. The metadata builder (`INDEXER`)
 turns a batch into lengths, a block table and a schedule; the custom op (`OP`) computes the logits
-with them, then the top k. Both call DeepGEMM through functions that they look up by name in their
-own module, so that replacing the name there reaches exactly these callers.
+with them, then the top k. Both call DeepGEMM, and from 0.30 on the op its top-k, through functions that they look up by
+name in their own module, so that replacing the name there reaches exactly these callers.
 
 Each seam is one record. All are checked against the installed vLLM before any is touched.
 """
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vllm_mqa_sm90.sizes import MAX_TOPK
 
 Release = tuple[int, int]
 
@@ -31,6 +33,7 @@ BUILDER_OF_BACKEND = f"{INDEXER}:DeepseekV32IndexerBackend.get_builder_cls"
 SCHEDULE = f"{INDEXER}:get_paged_mqa_logits_metadata"
 NATIVE_GATE = f"{INDEXER}:_supports_native_decode"
 LOGITS = f"{OP}:fp8_fp4_paged_mqa_logits"
+TOPK = f"{OP}:get_indexer_topk"
 # Their owners, subclassed.
 STOCK_BACKEND = f"{INDEXER}:DeepseekV32IndexerBackend"
 STOCK_BUILDER = f"{INDEXER}:DeepseekV32IndexerMetadataBuilder"
@@ -119,6 +122,7 @@ SEAMS = (
         until=(0, 32),
     ),
     Seam(LOGITS, _LOGITS_WHY, parameters=(*_LOGITS_PARAMETERS, "indices"), since=(0, 33)),
+    Seam(TOPK, "chooses the top-k by the backend's name: chooses ours for logits of ours", ("backend",), since=(0, 30)),
     # Relied on.
     Seam(
         "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
@@ -195,6 +199,18 @@ SEAMS = (
         uses=("fp8_fp4_paged_mqa_logits", "schedule_metadata"),
     ),
     Seam(
+        f"{OP}:sparse_attn_indexer",
+        "asks for the top-k of the logits by name, and gives it the lengths that the logits were computed with",
+        uses=("get_indexer_topk", "seq_lens"),
+        since=(0, 30),
+    ),
+    Seam(
+        "vllm.model_executor.layers.indexer_topk:SparseIndexerTopk.forward",
+        "what the op calls the top-k with: ours is called so",
+        parameters=("self", "logits", "seq_lens", "next_n", "topk_indices", "topk_tokens", "max_seq_len"),
+        since=(0, 30),
+    ),
+    Seam(
         "vllm.v1.kv_cache_interface:MLAAttentionSpec.storage_block_size",
         "keys per page, after compression",
         until=(0, 28),
@@ -267,6 +283,37 @@ def page_size(kv_cache_spec: Any) -> int:
 def divides_by_request() -> bool:
     """Whether V4's flattened steps of at most one row a request get as many lengths divided as there are requests."""
     return release() < (0, 28)
+
+
+def hands_over_topk() -> bool:
+    """Whether the installed vLLM's op asks for the top-k of its logits by a name, which can be replaced."""
+    return any(seam.path == TOPK for seam in applying(release()))
+
+
+def stock_topk_reason(vllm_config: Any = None) -> str | None:
+    """Why the top-k of our logits stays vLLM's under this configuration; None, or if none is given: it need not."""
+    if not hands_over_topk():
+        return f"vLLM {vllm_version()} has no place for another, as 0.30 has"
+    if vllm_config is None:
+        return None
+    if (backend := vllm_config.kernel_config.sparse_indexer_topk_backend) != "auto":
+        return f"sparse_indexer_topk_backend is {backend}"
+    # A plan for our top-k leaves out the logits of rows that keep all their tokens. Whoever reads these logits too needs
+    # another: the merge of decode context parallelism does, and DeepSeek-V4.1's candidate blocks do (`candidate_blocks`
+    # of the op; its cache is not among CACHES, and would have to be asked for here).
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        return "decode context parallelism reads the logits of all rows"
+    index_topk = getattr(vllm_config.model_config.hf_text_config, "index_topk", None)
+    if index_topk not in range(1, MAX_TOPK + 1):
+        return f"index_topk is {index_topk}; the plugin's selects 1 to {MAX_TOPK} tokens"
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    of_draft = getattr(getattr(draft, "hf_text_config", None), "index_topk", index_topk)
+    return None if of_draft == index_topk else f"index_topk is {index_topk}, and {of_draft} in the draft model"
+
+
+def tokens_to_select(vllm_config: Any) -> int:
+    """Tokens that our top-k selects for each row under this configuration; 0: vLLM's top-k does."""
+    return 0 if stock_topk_reason(vllm_config) else vllm_config.model_config.hf_text_config.index_topk
 
 
 def kv_caches(vllm_config: Any, layer_names: Iterable[str]) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ FAMILIES = {
     "plan": r"mqa_sm90::.*plan_kernel|paged_mqa_logits_metadata",
     "index logits": r"mqa_logits",
     "MoE": r"moe|expert|grouped_topk|topkgating",
-    "top-k": r"top_?k",
+    "top-k": r"mqa_sm90::.*selection_kernel|top_?k",
     "sparse attention": r"sparse_attn|sparse_mla|flash_?(fwd|attn|mla)|mla_combine",
     "GEMM": r"gemm|nvjet|cublas|cutlass|splitk",
 }

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes in the place of vLLM's functions around the logits of a decode step.
+
+Each wraps what it replaces, and calls that wherever a step is not ours. The schedule and its gate go by the builder
+that builds now; the logits by the schedule that they are given, which is a plan or DeepGEMM's; the top-k by the logits
+that it is given, which say whether they were made for it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_mqa_sm90 import ops
+
+MARK = "mqa_sm90_k"
+"""Attribute of logits that were computed with a plan for a top-k: how many that selects. Logits of groups no longer than
+that were not computed."""
+
+building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
+"""The builder (or builder class, where only the configuration is asked for) whose code runs now."""
+
+
+@dataclass
+class Steps:
+    """What the steps of all our builders in this process have in common, as the op's calls name no builder.
+
+    Attributes:
+        max_rows: most query rows of a request.
+        k: tokens of a row that our top-k selects, and the plans' k; 0: vLLM's top-k selects; None: no builder yet.
+    """
+
+    max_rows: int = 1
+    k: int | None = None
+
+
+steps = Steps()
+
+
+@contextmanager
+def as_builder(builder: Any) -> Iterator[None]:
+    """Schedules that are asked for meanwhile are that builder's; None: DeepGEMM's."""
+    token = building.set(builder)
+    try:
+        yield
+    finally:
+        building.reset(token)
+
+
+def schedule(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Instead of DeepGEMM's schedule the plan of our builder, while one builds."""
+
+    @functools.wraps(stock)
+    def get_paged_mqa_logits_metadata(context_lens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        builder = building.get()
+        return stock(context_lens, *args, **kwargs) if builder is None else builder.plan(context_lens)
+
+    return get_paged_mqa_logits_metadata
+
+
+def native_gate(stock: Callable[[int], bool]) -> Callable[[int], bool]:
+    """Which numbers of query rows need no flattening: our kernel's, while our builder builds."""
+
+    @functools.wraps(stock)
+    def _supports_native_decode(next_n: int) -> bool:
+        return stock(next_n) if building.get() is None else next_n <= ops.MAX_NEXT_N
+
+    return _supports_native_decode
+
+
+def logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Our logits where the schedule is a plan of ours, marked if the plan is for our top-k."""
+    plan_columns = ops.UNIFORM_PLAN_COLUMNS, ops.RAGGED_PLAN_COLUMNS  # DeepGEMM's schedule has two
+
+    @functools.wraps(stock)
+    def fp8_fp4_paged_mqa_logits(
+        q: tuple[torch.Tensor, torch.Tensor | None],
+        kv_cache: torch.Tensor,
+        weights: torch.Tensor,
+        context_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        schedule_metadata: torch.Tensor,
+        max_model_len: int,
+        **options: Any,
+    ) -> torch.Tensor:
+        if schedule_metadata.shape[1] not in plan_columns:
+            return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
+        ragged = ops.is_ragged(schedule_metadata)
+        k = steps.k or 0
+        result = ops.paged_mqa_logits(
+            q[0],
+            kv_cache,
+            weights,
+            context_lens.view(-1) if ragged else context_lens,
+            block_tables,
+            schedule_metadata,
+            max_context_len=max_model_len,
+            max_rows=steps.max_rows if ragged else None,
+            k=k,
+            clean_logits=options.get("clean_logits", False),
+        )
+        if k:
+            setattr(result, MARK, k)
+        return result
+
+    return fp8_fp4_paged_mqa_logits
+
+
+def topk(stock: Callable[[str], Callable[..., None]]) -> Callable[[str], Callable[..., None]]:
+    """Our top-k where the user leaves the choice to vLLM; what the user has named stays."""
+
+    @functools.cache
+    @functools.wraps(stock)
+    def get_indexer_topk(backend: str) -> Callable[..., None]:
+        return _selecting(stock(backend)) if backend == "auto" else stock(backend)
+
+    return get_indexer_topk
+
+
+def _selecting(stock: Callable[..., None]) -> Callable[..., None]:
+    def select(
+        logits: torch.Tensor,
+        seq_lens: torch.Tensor,
+        next_n: int,
+        topk_indices: torch.Tensor,
+        topk_tokens: int,
+        max_seq_len: int,
+    ) -> None:
+        """Writes the indices of each row's `topk_tokens` largest logits into `topk_indices`, int32 `[T, topk_tokens]`.
+
+        Raises:
+            RuntimeError: logits that a row of more than `topk_tokens` tokens needs were not computed.
+        """
+        made_for = getattr(logits, MARK, None)
+        if made_for == topk_tokens:
+            ops.topk_indices(logits, seq_lens, topk_tokens, out=topk_indices)
+        elif made_for is None or made_for < topk_tokens:  # what was not computed is all kept, by vLLM's kernels too
+            stock(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len)
+        else:
+            raise RuntimeError(
+                f"MQA SM90: topk_tokens: expected {made_for}, the index_topk of the model's configuration, for which the "
+                f"logits were computed, given {topk_tokens}: name vLLM's top-k with --sparse-indexer-topk-backend, "
+                "or start the server with MQA_SM90=off"
+            )
+
+    return select
