@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker extension that runs DeepGEMM beside our kernel, on the same inputs, in each decode step of a server.
+"""A worker extension that runs DeepGEMM beside our kernel, on the same inputs, in each decode step of a server, and
+torch.topk beside our top-k, on the logits that it selects from.
 
 `--worker-extension-cls comparing_worker.Extension`; for eager servers, as nothing here may run in a CUDA graph.
 """
@@ -9,9 +10,10 @@ import functools
 import json
 from typing import Any
 
+import selections
 import torch
 
-from vllm_mqa_sm90 import ops, seams
+from vllm_mqa_sm90 import ops, seams, wrappers
 from vllm_mqa_sm90.backend import WorkerExtension
 
 TOP_K = 2048
@@ -53,7 +55,31 @@ def _kept(row: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(row, dtype=torch.bool).index_fill_(0, row.topk(TOP_K).indices, True)
 
 
+@dataclasses.dataclass
+class Selections:
+    """Of rows of indices, in each layer and step, with those of torch.topk, ties to the lower index.
+
+    Attributes:
+        rows: compared.
+        chosen: of them, those with more tokens than are selected.
+        different: of them, those whose indices, in ascending order, are not torch.topk's.
+        stock: rows that were left to vLLM's top-k.
+    """
+
+    rows: int = 0
+    chosen: int = 0
+    different: int = 0
+    stock: int = 0
+
+    def add(self, logits: torch.Tensor, lens: torch.Tensor, k: int, indices: torch.Tensor) -> None:
+        """float32 `[T, W]`, int32 with T elements, and `[T, k]`."""
+        self.rows += len(indices)
+        self.chosen += int((lens > k).sum())
+        self.different += int((indices != selections.expected(logits, lens, k)).any(dim=1).sum())
+
+
 _agreements: dict[str, Agreement] = {}
+_selections: dict[str, Selections] = {}
 _steps = {"ragged": 0}
 
 
@@ -65,13 +91,16 @@ class Extension(WorkerExtension):
     def mqa_sm90_comparison(self) -> str:
         """JSON: `ragged`, the batches whose decoding requests had unequal numbers of query tokens; `agreements`, of
         the rows by `next_n/above` and `next_n/below`: contexts longer than `TOP_K`, and others; in place of next_n,
-        "ragged" where the plan is."""
-        return json.dumps(_steps | {"agreements": {key: dataclasses.asdict(rows) for key, rows in _agreements.items()}})
+        "ragged" where the plan is. `selections`: of the rows by the op's next_n, which is 1 where the plan is ragged."""
+        found = {"agreements": _agreements, "selections": _selections}
+        return json.dumps(_steps | {name: {key: dataclasses.asdict(rows) for key, rows in by.items()} for name, by in found.items()})
 
 
 @functools.cache  # once
 def start_comparing() -> None:
     seams.replace({seams.LOGITS: comparing(seams.resolve(seams.LOGITS))})
+    if seams.hands_over_topk():
+        seams.replace({seams.TOPK: checking(seams.resolve(seams.TOPK))})
     builder = seams.resolve(seams.STOCK_BUILDER)
     builder.build = counting_ragged(builder.build)
 
@@ -99,8 +128,9 @@ def comparing(ours: Any) -> Any:
             max_model_len=max_model_len,
             **options,
         )
+        computed = longest_of_requests(requests, lengths)[requests] > (wrappers.steps.k or 0)
         for row, length in enumerate(lengths.flatten().tolist()):
-            if length > 0:
+            if length > 0 and computed[row]:
                 key = f"{next_n}/{'above' if length > TOP_K else 'below'}"
                 _agreements.setdefault(key, Agreement()).add(result[row, :length], expected[row, :length])
         return result
@@ -117,6 +147,33 @@ def requests_of_rows(plan: torch.Tensor, num_sms: int, context_lens: torch.Tenso
     for first, count, request, _ in plan.view(-1, 4)[ops.plan_shape(num_sms)[0] :].tolist():
         requests[first : first + count] = request
     return requests
+
+
+def longest_of_requests(requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Tokens of the longest row of each, by its row of the block table. Where that is at most the plan's k, the request's
+    rows have no logits: a request that decodes is one group."""
+    longest = lengths.new_zeros(int(requests.max()) + 1)
+    return longest.scatter_reduce_(0, requests, lengths.view(-1), "amax")
+
+
+def checking(ours: Any) -> Any:
+    """Our `get_indexer_topk`, each of whose selections is held against that of torch.topk."""
+
+    @functools.wraps(ours)
+    def get_indexer_topk(backend: str) -> Any:
+        select = ours(backend)
+
+        def both(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len):
+            found = _selections.setdefault(str(next_n), Selections())
+            select(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len)
+            if getattr(logits, wrappers.MARK, None) == topk_tokens:
+                found.add(logits, seq_lens.view(-1), topk_tokens, topk_indices)
+            else:
+                found.stock += len(logits)
+
+        return both
+
+    return get_indexer_topk
 
 
 def counting_ragged(stock: Any) -> Any:

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vllm_mqa_sm90.server import Server, environment, free_port, vllm_serve
 
 MODEL = "small"
@@ -34,6 +36,12 @@ def wait_ready(running: Iterable[Server], seconds: float) -> None:
     running = list(running)
     with ThreadPoolExecutor(len(running)) as pool:
         list(pool.map(lambda server: server.wait_ready(seconds, lambda *_: None), running))
+
+
+def wanted(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """The values of a parameter that the tests of this file which are to run have: what a fixture need make."""
+    items = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
+    return list(dict.fromkeys(item.callspec.params[parameter] for item in items if parameter in item.callspec.params))
 
 
 def call_all(server: Server, method: str) -> list[Any]:

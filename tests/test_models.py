@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers of the models that share the indexer: GLM-5.2, DeepSeek-V4, and V4 with adaptive verification of its drafts."""
+"""Servers of the models that share the indexer: GLM-5.2, DeepSeek-V4, and V4 with adaptive verification of its drafts.
+
+Those of the chosen tests alone are started, together: `-k glm`, `-k "v4-2 or v4-adaptive"`.
+"""
 
 import contextlib
 import json
@@ -11,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from marking import CAPTURED, FLATTEN, PACK, RAGGED_LOGITS, RAGGED_PLAN, UNPACK
-from servers import MODEL, call, completion, start, wait_ready
-from test_serving import CHUNK, TOLERANCE, complete, prompt
+from servers import MODEL, call, completion, start, wait_ready, wanted
+from test_serving import CHUNK, comparison, complete, prompt
 
 from vllm_mqa_sm90 import seams
 from vllm_mqa_sm90.checkpoint import make_checkpoint
@@ -21,6 +24,7 @@ from vllm_mqa_sm90.server import Server, speculative_config
 START_SECONDS = 500  # V4's kernels are compiled at the first start
 V4 = ("--kv-cache-dtype", "fp8", "--block-size", "256")
 MODELS = {"glm": (), "v4": V4}
+KS = (0, 1, 2, 3)  # speculative tokens
 ADAPTIVE = "v4-adaptive"
 # A drafter with its own head, on two of the four layers' outputs; vLLM fills in its weights, and all others.
 DSPARK = {
@@ -32,12 +36,12 @@ DSPARK = {
 }
 
 
-def serve(scratch: Path, name: str, *arguments: str, tokens: int = 2048) -> Server:
+def serve(scratch: Path, name: str, model: str, *arguments: str, tokens: int = 2048) -> Server:
     """`tokens`: of a step."""
     return start(
         scratch,
         name,
-        name,
+        model,
         "require",
         "--served-model-name", MODEL,
         "--max-model-len", "16384",
@@ -51,11 +55,14 @@ def serve(scratch: Path, name: str, *arguments: str, tokens: int = 2048) -> Serv
     )  # fmt: skip
 
 
-def serve_model(scratch: Path, arch: str) -> Server:
-    make_checkpoint(scratch / arch, arch, experts=16)
+def serve_model(scratch: Path, name: str) -> Server:
+    """Of a model and with so many speculative tokens as the name says: `glm-2`."""
+    arch, k = name.split("-")
+    if not (scratch / arch).exists():
+        make_checkpoint(scratch / arch, arch, experts=16)
     worker = "--worker-extension-cls", "comparing_worker.Extension"
-    speculative = "--speculative-config", json.dumps(speculative_config(2))
-    return serve(scratch, arch, "--enforce-eager", *worker, *speculative, *MODELS[arch])
+    speculative = ("--speculative-config", json.dumps(speculative_config(int(k)))) if k != "0" else ()
+    return serve(scratch, name, arch, "--enforce-eager", *worker, *speculative, *MODELS[arch])
 
 
 def serve_adaptive(scratch: Path) -> Server:
@@ -65,6 +72,7 @@ def serve_adaptive(scratch: Path) -> Server:
     speculative = {"method": "dspark", "num_speculative_tokens": 3, "enable_adaptive_verification": True}
     return serve(
         scratch,
+        ADAPTIVE,
         ADAPTIVE,
         "--load-format", "dummy",
         "--cudagraph-capture-sizes", "4", "8", "16", "32",
@@ -79,22 +87,24 @@ def serve_adaptive(scratch: Path) -> Server:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, Server]]:
-    """All of them, started together; each test waits for its own."""
+def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
+    """Those that the chosen tests ask, started together; each test waits for its own."""
     torch.cuda.empty_cache()  # what tests before this file's left
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
-        running = {arch: stack.enter_context(serve_model(scratch, arch)) for arch in MODELS}
-        if seams.release() >= (0, 29):  # before, vLLM's indexer refuses adaptive verification on Hopper
-            running[ADAPTIVE] = stack.enter_context(serve_adaptive(scratch))
+        running = {}
+        for name in wanted(request, "name"):
+            server = serve_adaptive(scratch) if name == ADAPTIVE else serve_model(scratch, name)
+            running[name] = stack.enter_context(server)
         yield running
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("arch", MODELS)
-def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], arch: str) -> None:
-    """Of uniform and of ragged steps. V4's eager steps skip the indexer up to 2048 tokens: all are kept."""
-    server = servers[arch]
+@pytest.mark.parametrize("name", [f"{arch}-{k}" for arch in MODELS for k in KS])
+def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], name: str) -> None:
+    """Of uniform and of ragged steps, and the selection from them is torch.topk's. V4's eager steps skip the indexer up to
+    2048 tokens: all are kept."""
+    server, next_n = servers[name], int(name[-1]) + 1
     wait_ready([server], START_SECONDS)
     call(server, "mqa_sm90_start_comparing")
     before = call(server, "mqa_sm90_report")
@@ -105,19 +115,22 @@ def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], ar
     next(decoding)
     complete(server, [prompt(6 * CHUNK + 1), prompt(6 * CHUNK + 2)], 8)
     assert sum(1 for _ in decoding) > 0
-    assert call(server, "mqa_sm90_report")["launches"]["3"] > before["launches"]["3"]
-    found = json.loads(call(server, "mqa_sm90_comparison"))
-    assert found["ragged"] > 0
-    assert sum(rows["rows"] for key, rows in found["agreements"].items() if key.startswith("3/")) > 100
-    assert sum(rows["rows"] for key, rows in found["agreements"].items() if key.startswith("ragged/")) > 0
-    for rows in found["agreements"].values():
-        assert rows["difference"] <= TOLERANCE and rows["gap"] <= TOLERANCE
+    assert call(server, "mqa_sm90_report")["launches"][str(next_n)] > before["launches"][str(next_n)]
+    found = comparison(server)
+    rows = {key: each["rows"] for key, each in found["agreements"].items()}
+    assert sum(count for key, count in rows.items() if key.startswith(f"{next_n}/")) > 100
+    if next_n > 1:  # without drafts all requests bring one token
+        assert found["ragged"] > 0
+        assert sum(count for key, count in rows.items() if key.startswith("ragged/")) > 0
+    if seams.hands_over_topk():
+        assert found["selections"][str(next_n)]["chosen"] > 100
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM's indexer refuses adaptive verification on Hopper")
-def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server]) -> None:
-    server = servers[ADAPTIVE]
+@pytest.mark.parametrize("name", [ADAPTIVE])
+def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server], name: str) -> None:
+    server = servers[name]
     wait_ready([server], START_SECONDS)
     before = json.loads(call(server, "mqa_sm90_marks"))
     assert before.get(CAPTURED + RAGGED_LOGITS, 0) > 0

@@ -20,14 +20,15 @@ import pytest
 import steps
 import torch
 from comparing_worker import TOP_K, Agreement
-from servers import MODEL, call, completion, start, wait_ready
+from servers import MODEL, call, completion, start, wait_ready, wanted
 from vllm.utils import deep_gemm
 
-from vllm_mqa_sm90 import ops, reference
+from vllm_mqa_sm90 import ops, reference, seams, wrappers
 from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, speculative_config
 
 KS = (0, 1, 2, 3, 5)  # speculative tokens; with five, two consumers share a group
+MODES = {"plugin": "require", "stock": "off"}
 CHUNK = 512  # tokens of a prompt in one step, where there are other requests
 START_SECONDS = 420
 TOLERANCE = 1e-6
@@ -58,17 +59,18 @@ def serve(scratch: Path, name: str, k: int, mode: str, *arguments: str) -> Serve
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, Server]]:
-    """All of them, started together: plugin-k, stock-k, and k=2 with CUDA graphs."""
+def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
+    """Those that the chosen tests ask, started together: plugin-k, stock-k, and k=2 with CUDA graphs."""
+    names = [*wanted(request, "name"), *(f"{kind}-{k}" for k in wanted(request, "k") for kind in MODES)]
     torch.cuda.empty_cache()  # what tests before this file's left
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
         make_checkpoint(scratch / "model")
-        running = {"graphs-2": stack.enter_context(serve(scratch, "graphs-2", 2, "require"))}
-        for kind, mode in ("plugin", "require"), ("stock", "off"):
-            for k in KS:
-                name = f"{kind}-{k}"
-                running[name] = stack.enter_context(serve(scratch, name, k, mode, "--enforce-eager"))
+        running = {}
+        for name in dict.fromkeys(names):
+            kind, k = name.split("-")
+            eager = () if kind == "graphs" else ("--enforce-eager",)
+            running[name] = stack.enter_context(serve(scratch, name, int(k), MODES.get(kind, "require"), *eager))
         wait_ready(running.values(), START_SECONDS)
         yield running
 
@@ -88,6 +90,7 @@ def test_decodes_natively(servers: dict[str, Server], name: str) -> None:
     server, k = servers[name], int(name[-1])
     before = call(server, "mqa_sm90_report")
     assert before["taken_over"] and before["num_speculative_tokens"] == k
+    assert before["topk"] == (TOP_K if seams.hands_over_topk() else 0)
     assert len(before["layers"]) == (5 if k else 4)  # with the MTP layer
     (tokens,) = complete(server, "Native decoding on Hopper:", 24)
     assert len(tokens) == 24
@@ -114,35 +117,48 @@ def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], k: int, leng
     assert len(set(stock)) > 1, "one token, repeated, proves nothing"
 
 
+def comparison(server: Server) -> dict[str, Any]:
+    """What the server found so far: nothing but DeepGEMM's logits, and of these, where ours selects, torch.topk's."""
+    found = json.loads(call(server, "mqa_sm90_comparison"))
+    for rows in found["agreements"].values():
+        assert rows["difference"] <= TOLERANCE and rows["gap"] <= TOLERANCE
+    for rows in found["selections"].values():
+        assert rows["different"] == rows["stock"] == 0
+    return found
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("k", KS)
-def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], k: int) -> None:
-    server = servers[f"plugin-{k}"]
+@pytest.mark.parametrize("name", [f"plugin-{k}" for k in KS])
+def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], name: str) -> None:
+    """And the selection from them is torch.topk's, in each layer and step."""
+    server, next_n = servers[name], int(name[-1]) + 1
     call(server, "mqa_sm90_start_comparing")
     for length in 200, 1500, 2040, 3000, 12000:
         complete(server, prompt(length), 24)
-    agreements = json.loads(call(server, "mqa_sm90_comparison"))["agreements"]
-    assert min(agreements[f"{k + 1}/{part}"]["rows"] for part in ("below", "above")) > 100
-    for rows in agreements.values():
-        assert rows["difference"] <= TOLERANCE
-        assert rows["gap"] <= TOLERANCE
+    found = comparison(server)
+    assert found["agreements"][f"{next_n}/above"]["rows"] > 100
+    if seams.hands_over_topk():  # of contexts that are kept whole there are no logits
+        selected = found["selections"][str(next_n)]
+        assert selected["chosen"] > 100 and selected["rows"] - selected["chosen"] > 100
+    else:
+        assert found["agreements"][f"{next_n}/below"]["rows"] > 100 and not found["selections"]
 
 
 @pytest.mark.gpu
-def test_requests_of_unequal_query_length_meet_in_a_step(servers: dict[str, Server]) -> None:
+@pytest.mark.parametrize("name", ["plugin-2"])
+def test_requests_of_unequal_query_length_meet_in_a_step(servers: dict[str, Server], name: str) -> None:
     """A request decodes with 3 query tokens; the last 1 and 2 tokens of two others' prompts join it."""
-    server = servers["plugin-2"]
+    server = servers[name]
     call(server, "mqa_sm90_start_comparing")
     before = json.loads(call(server, "mqa_sm90_comparison"))["ragged"]
-    decoding = server.stream("/v1/completions", completion(prompt(300), 100))
+    decoding = server.stream("/v1/completions", completion(prompt(TOP_K + 300), 100))
     tokens = next(decoding)["choices"][0]["token_ids"]
     answers = complete(server, [prompt(CHUNK + 1), prompt(CHUNK + 2)], 8)
     tokens += [token for event in decoding for choice in event["choices"] for token in choice["token_ids"]]
     assert [len(tokens), *map(len, answers)] == [100, 8, 8]
-    comparison = json.loads(call(server, "mqa_sm90_comparison"))
-    assert comparison["ragged"] > before
-    assert comparison["agreements"]["ragged/below"]["rows"] > 0
-    assert all(rows["difference"] <= TOLERANCE for rows in comparison["agreements"].values())
+    found = comparison(server)
+    assert found["ragged"] > before
+    assert found["agreements"]["ragged/above"]["rows"] > 0
 
 
 def test_agreement_notices() -> None:
@@ -174,10 +190,12 @@ def test_agreement_notices() -> None:
     assert math.isnan(broken.difference)
 
 
+@pytest.mark.parametrize("k", [0, 99, 501])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("error", [0.0, 0.01])
-def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: float, ragged: bool) -> None:
-    """Ours and theirs are the reference here; theirs gets a request for each row."""
+def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: float, ragged: bool, k: int) -> None:
+    """Ours and theirs are the reference here; theirs gets a request for each row. Where no row of a request has more than k tokens
+    there are none of ours."""
     if ragged:
         step = steps.random_ragged_step([[2200, 2201, 2202], [], [500, 501], [100]], by="query_start_loc", padding=3)
         step.context_lens[-3:] = 0
@@ -185,6 +203,7 @@ def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: 
     else:
         step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [98, 99, 100]])
         plan = torch.zeros(ops.plan_shape(132), dtype=torch.int32)
+    monkeypatch.setattr(wrappers, "steps", wrappers.Steps(k=k))
     lens = step.context_lens.view(-1, 1) if ragged else step.context_lens
     schedules = []
 
@@ -203,6 +222,8 @@ def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: 
     def ours(q, kv_cache, weights, context_lens, *arguments, max_model_len, indices=None):
         logits = step.reference()
         logits[lens.flatten().nonzero()[-1]] *= 1 + error
+        if k > 99:
+            logits[lens.flatten() <= k] = torch.nan
         return logits
 
     monkeypatch.setattr(deep_gemm, "get_paged_mqa_logits_metadata", schedule)
@@ -214,8 +235,37 @@ def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: 
     assert logits.shape == (9, limit)
     found = json.loads(comparing_worker.Extension().mqa_sm90_comparison())["agreements"]
     name = "ragged" if ragged else "3"
-    assert {key: rows["rows"] for key, rows in found.items()} == {f"{name}/above": 3, f"{name}/below": 3}
-    assert found[f"{name}/below"]["difference"] == pytest.approx(error, abs=TOLERANCE)
+    below = {} if k > 99 else {f"{name}/below": 3}
+    assert {key: rows["rows"] for key, rows in found.items()} == {f"{name}/above": 3} | below
+    assert all(found[key]["difference"] == pytest.approx(error, abs=TOLERANCE) for key in below)
+    assert found[f"{name}/above"]["difference"] <= TOLERANCE
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_selections_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    """Ours is the reference here, and what it leaves to vLLM's is counted."""
+    lens = torch.tensor([[4, 5], [6, 0]], dtype=torch.int32)
+    logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    logits[0] = torch.nan
+    logits[2] = torch.tensor([1, 2, 1, 2, 1, 1, 9, 9])  # the first two of the ones
+
+    def ours(backend: str) -> Any:
+        def select(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len):
+            topk_indices.copy_(reference.topk_indices(logits, seq_lens, topk_tokens))
+            if wrong:
+                topk_indices[2, 2] = 4
+
+        return select
+
+    monkeypatch.setattr(comparing_worker, "_selections", {})
+    checked = comparing_worker.checking(ours)("auto")
+    chosen = torch.zeros(4, 6, dtype=torch.int32)[:, :4]
+    checked(logits, lens, 2, chosen, 4, 8)
+    setattr(logits, wrappers.MARK, 4)
+    checked(logits, lens, 2, chosen, 4, 8)
+    assert chosen.tolist()[:1] + chosen.tolist()[2:] == [[0, 1, 2, 3], [0, 1, 4 if wrong else 2, 3], [-1] * 4]
+    found = json.loads(comparing_worker.Extension().mqa_sm90_comparison())["selections"]
+    assert found == {"2": {"rows": 4, "chosen": 2, "different": int(wrong), "stock": 4}}
 
 
 @pytest.mark.parametrize(("query_lens", "ragged"), [((3, 3), 0), ((3, 1), 1), ((3, 512), 0), ((3, 2, 512), 1), ((3, 0), 0)])

@@ -51,9 +51,10 @@ def test_every_worker_decodes_natively_and_agrees_with_deepgemm(servers: dict[tu
     for worker, earlier in zip(call_all(server, "mqa_sm90_report"), before, strict=True):
         assert worker["launches"]["3"] > earlier["launches"]["3"]
     for worker in call_all(server, "mqa_sm90_comparison"):
-        agreements = json.loads(worker)["agreements"]
-        assert min(agreements[f"3/{part}"]["rows"] for part in ("below", "above")) > 100
-        assert all(max(rows["difference"], rows["gap"]) <= TOLERANCE for rows in agreements.values())
+        found = json.loads(worker)
+        assert found["agreements"]["3/above"]["rows"] > 100
+        assert all(max(rows["difference"], rows["gap"]) <= TOLERANCE for rows in found["agreements"].values())
+        assert all(rows["different"] == rows["stock"] == 0 for rows in found["selections"].values())
 
 
 @pytest.mark.parametrize("length", [200, 1500, 1990])
