@@ -39,9 +39,10 @@ def wait_ready(running: Iterable[Server], seconds: float) -> None:
 
 
 def wanted(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
-    """The values of a parameter that the tests of this file which are to run have: what a fixture need make."""
-    items = (item for item in request.session.items if item.path == request.path and hasattr(item, "callspec"))
-    return list(dict.fromkeys(item.callspec.params[parameter] for item in items if parameter in item.callspec.params))
+    """The values of a parameter that the chosen tests of this file have which use the fixture: what it need make."""
+    using = (item for item in request.session.items if item.path == request.path and request.fixturename in item.fixturenames)
+    params = (item.callspec.params for item in using if hasattr(item, "callspec"))
+    return list(dict.fromkeys(of_test[parameter] for of_test in params if parameter in of_test))
 
 
 def call_all(server: Server, method: str) -> list[Any]:
