@@ -12,28 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing_worker import requests_of_rows
+from kernel_bench import (  # noqa: F401: fixtures among them
+    CPU,
+    SMS,
+    TWO_SHAPES,
+    FakeDeepGemm,
+    bench_kernel,
+    on_cpu,
+    reference_logits,
+    small_copies,
+    vllm_0_26,
+    vllm_0_33,
+)
 from matplotlib.image import imread
 from rich.console import Console
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import cli, reference
 from vllm_mqa_sm90.bench import kernel
-from vllm_mqa_sm90.bench.kernel import deepgemm, plot, report, timing
+from vllm_mqa_sm90.bench.kernel import deepgemm, plot, report, timing, vllm_topk
 from vllm_mqa_sm90.bench.kernel import run as kernel_run
 from vllm_mqa_sm90.bench.kernel import step as steps
-from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, LeftOut, Report, Row
-from vllm_mqa_sm90.bench.kernel.step import Shape, Step, floor_bytes, make_step, row_lengths
-
-CPU = torch.device("cpu")
-SMS = 132
-
-
-@pytest.fixture
-def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of some pages instead of 300 MB."""
-    monkeypatch.setattr(steps, "COLD_BYTES", 2_000_000)
-
+from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, STEP, STEP_VLLM_TOPK, LeftOut, Report, Row
+from vllm_mqa_sm90.bench.kernel.step import Shape, floor_bytes, make_step, row_lengths
 
 # Shapes and the floor.
 
@@ -161,18 +162,6 @@ def test_mixed_step(small_copies: None) -> None:
     assert step.relative_error(right * (1 + 3e-4)) == pytest.approx(3e-4, rel=1e-2)
 
 
-def reference_logits(step: Step, copy: int = 0) -> torch.Tensor:
-    return reference.paged_mqa_logits(
-        step.q,
-        step.kv_cache,
-        step.weights,
-        step.context_lens,
-        step.block_tables[copy],
-        max_context_len=step.max_context_len,
-        query_start_loc=None if step.max_rows is None else step.query_start_loc,
-    )
-
-
 def test_relative_error(small_copies: None) -> None:
     step = make_step(Shape(40, 300, ragged=True), 2, 16, 64, CPU)
     right = reference_logits(step)
@@ -244,66 +233,6 @@ def test_read_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # DeepGEMM, through the functions of two vLLM releases, and those of the installed one.
-
-
-class FakeDeepGemm:
-    """The two functions of the `deep_gemm` package, on the CPU; what they were given is kept."""
-
-    def __init__(self) -> None:
-        self.metadata_calls: list[tuple[list[list[int]], int, int]] = []
-        self.logits_calls: list[dict] = []
-
-    def get_paged_mqa_logits_metadata(self, context_lens: torch.Tensor, block_kv: int, num_sms: int) -> torch.Tensor:
-        assert context_lens.dim() == 2 and context_lens.is_contiguous()
-        self.metadata_calls.append((context_lens.tolist(), block_kv, num_sms))
-        return torch.full((num_sms + 1, 2), len(self.metadata_calls), dtype=torch.int32)
-
-    def fp8_fp4_paged_mqa_logits(
-        self, q, kv_cache, weights, context_lens, block_table, schedule, max_context_len, clean_logits=False
-    ) -> torch.Tensor:
-        values, scale = q
-        assert scale is None and values.dim() == 4 and not clean_logits
-        assert len(values) == len(context_lens) == len(block_table)
-        assert values.shape[1] == context_lens.shape[1]
-        assert torch.all(schedule == len(self.metadata_calls))
-        self.logits_calls.append({"next_n": values.shape[1]})
-        return reference.paged_mqa_logits(
-            values, kv_cache, weights, context_lens, block_table, max_context_len=max_context_len
-        )
-
-
-def vllm_0_26(fake: FakeDeepGemm) -> types.SimpleNamespace:
-    def get_paged_mqa_logits_metadata(context_lens, block_size, num_sms):
-        return fake.get_paged_mqa_logits_metadata(context_lens, block_size, num_sms)
-
-    def fp8_fp4_paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, clean_logits
-    ):
-        return fake.fp8_fp4_paged_mqa_logits(
-            q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, clean_logits
-        )
-
-    return types.SimpleNamespace(**locals())
-
-
-def vllm_0_33(fake: FakeDeepGemm) -> types.SimpleNamespace:
-    def native_next_n_supported(next_n):
-        return next_n in (1, 2, 4)
-
-    def get_paged_mqa_logits_metadata(context_lens, block_size, num_sms, indices=None):
-        assert indices is None
-        slots = num_sms // 2 if context_lens.shape[1] == 4 else num_sms
-        return fake.get_paged_mqa_logits_metadata(context_lens, block_size, slots)
-
-    def fp8_fp4_paged_mqa_logits(
-        q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, indices=None
-    ):
-        assert indices is None
-        return fake.fp8_fp4_paged_mqa_logits(
-            q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len
-        )
-
-    return types.SimpleNamespace(**locals())
 
 
 def installed_vllm(fake: FakeDeepGemm, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
@@ -542,47 +471,6 @@ def test_without_sm90_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleNamespace:
-    """A machine whose GPU takes 10 us for everything, reads 1 TB/s, and has DeepGEMM as in vLLM 0.26."""
-    machine = types.SimpleNamespace(error=1.0, timed=[], refuses=None, now=0.0)
-
-    def replay_us(calls: list[Callable[[], object]], replays: int) -> float:
-        machine.timed.append((len(calls), replays))
-        calls[0]()
-        calls[-1]()
-        return 10.0
-
-    def paged_mqa_logits(
-        *arguments: torch.Tensor, max_context_len: int, max_rows: int | None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if machine.refuses and machine.refuses(arguments[3]):
-            raise RuntimeError("q: expected something else\nand so on")
-        grouping = {} if max_rows is None else {"indices": requests_of_rows(arguments[5], SMS, arguments[3]).int()}
-        logits = reference.paged_mqa_logits(*arguments[:5], max_context_len=max_context_len, **grouping) * machine.error
-        return logits if out is None else out.copy_(logits)
-
-    monkeypatch.setattr(kernel_run, "_problem", lambda: None)
-    monkeypatch.setattr(kernel_run, "DEVICE", CPU)
-    monkeypatch.setattr(kernel_run, "_gpu", lambda: {"name": "Test GPU", "sms": SMS, "driver": "1.2"})
-    monkeypatch.setattr(timing, "replay_us", replay_us)
-    monkeypatch.setattr(timing, "read_bandwidth", lambda replays: 1e12)
-    monkeypatch.setattr(vllm_mqa_sm90, "paged_mqa_logits", paged_mqa_logits)
-    monkeypatch.setattr(kernel_run.time, "monotonic", lambda: machine.now)
-    peer = deepgemm.DeepGemm(vllm_0_26(FakeDeepGemm()), SMS)
-    monkeypatch.setattr(deepgemm, "load", lambda num_sms: (peer, {"vllm": "0.26.0", "deep_gemm": "2.5.0"}))
-    monkeypatch.setenv("COLUMNS", "100")
-    return machine
-
-
-def bench_kernel(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
-    status = cli.main(["bench", "kernel", "--output", str(tmp_path), "--heads", "16", *arguments])
-    return status, json.loads((tmp_path / "kernel.json").read_text())
-
-
-TWO_SHAPES = ("--shape", "3x300:ragged", "--shape", "2x64")
-
-
 def test_run(on_cpu: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, content = bench_kernel(tmp_path, *TWO_SHAPES)
     assert status == 0
@@ -632,9 +520,10 @@ def test_copies_are_called_in_turn(
 
     monkeypatch.setattr(timing, "replay_us", replay_us)
     bench_kernel(tmp_path, "--shape", "2x600", "--next-n", "3")
-    ours, _, flattened = seen
+    ours, _, flattened, *steps_seen = seen
     copies = -(-steps.COLD_BYTES // (2 * 10 * 64 * 132))
-    assert copies > 1 and ours == flattened == list(range(copies)) * -(-60 // copies)
+    assert copies > 1 and ours == list(range(copies)) * -(-60 // copies)
+    assert len(steps_seen) == 7 and all(each == ours for each in [flattened, *steps_seen])  # 3 of vLLM's kernels, twice
 
 
 def test_quick(on_cpu: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -740,15 +629,18 @@ def test_deep_gemm_with_wrong_result_is_not_compared(
 def test_no_vllm(
     on_cpu: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def missing(num_sms: int) -> None:
+    def missing(_: object) -> None:
         raise ModuleNotFoundError("No module named 'vllm'")
 
     monkeypatch.setattr(deepgemm, "load", missing)
+    monkeypatch.setattr(vllm_topk, "load", missing)
     status, content = bench_kernel(tmp_path, "--shape", "2x64", "--next-n", "3")
     assert status == 0 and "vllm" not in content["versions"]
     reason = "1 of 1 cases: ModuleNotFoundError: No module named 'vllm'\n"
     out = capsys.readouterr().out
-    assert f"DeepGEMM native, {reason}" in out and f"DeepGEMM flattened, {reason}" in out
+    for what in "DeepGEMM native", "DeepGEMM flattened", "our logits + vLLM's top-k":
+        assert f"{what}, {reason}" in out
+    assert content["rows"][0]["step_us"] == {STEP: 10.0} and "stock vLLM, " not in out
 
 
 def test_interrupted_run_keeps_its_cases(
@@ -787,7 +679,7 @@ def test_without_matplotlib_the_json_stays(
     status, content = bench_kernel(tmp_path, "--shape", "2x64", "--next-n", "3")
     assert status == 0 and len(content["rows"]) == 1
     error = capsys.readouterr().err
-    assert "kernel.json is written; kernel.png and kernel.svg are not drawn" in error
+    assert "kernel.json is written; kernel.png and kernel-steps.png are not drawn" in error
     assert "pip install 'vllm-mqa-sm90[bench]'" in error
     assert f"python -m vllm_mqa_sm90.bench.kernel.plot {tmp_path}" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel.json"]
@@ -820,6 +712,8 @@ def test_quick_on_gpu(tmp_path: Path) -> None:
         assert 1 < row["times_us"][OURS] < 100
         assert 1 < row["plan_us"] < 100
         assert 0 < row["relative_errors"][OURS] <= kernel_run.TOLERANCE
+        assert row["step_us"].keys() >= {STEP, STEP_VLLM_TOPK}, row["left_out"]
+        assert all(1 < us < 200 for us in row["step_us"].values())
     assert imread(tmp_path / "kernel.png").shape[0] > 300
 
 

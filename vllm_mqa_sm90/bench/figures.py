@@ -22,9 +22,9 @@ def grid(panels: int, columns: int, size: tuple[float, float], width: float, **o
     return figure, axes
 
 
-def write(figure: Figure, report: Any, directory: Path, name: str) -> list[Path]:
-    """Writes `name`.png and `name`.svg, with what was measured where below."""
-    figure.supxlabel(f"{report.setting}\n{report.conditions}", fontsize=7, color="#404040")
+def write(figure: Figure, report: Any, directory: Path, name: str, *more: str) -> list[Path]:
+    """Writes `name`.png and `name`.svg, with what was measured where, and `more` lines, below."""
+    figure.supxlabel("\n".join([report.setting, report.conditions, *more]), fontsize=7, color="#404040")
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     for path in paths:
         figure.savefig(path, dpi=160)

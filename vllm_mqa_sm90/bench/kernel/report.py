@@ -4,6 +4,7 @@
 import json
 import traceback
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from rich.table import Table
 
 OURS, NATIVE, FLATTENED = "ours", "native", "flattened"
 SIDES = {OURS: "vllm-mqa-sm90", NATIVE: "DeepGEMM native", FLATTENED: "DeepGEMM flattened"}
+STEP, STEP_VLLM_TOPK, STOCK_STEP = "step", "step_vllm_topk", "stock_step"
+STEPS = {STEP: "our logits + selection", STEP_VLLM_TOPK: "our logits + vLLM's top-k", STOCK_STEP: "stock vLLM"}
+"""Whole steps of the indexer: logits, then their top-k."""
 
 
 class LeftOut(Exception):
@@ -41,7 +45,9 @@ class Row:
         times_us: microseconds a call, by side.
         plan_us: microseconds of our plan, which serves all layers of a step.
         relative_errors: against the FP32 reference, by side; null in JSON where not finite.
-        left_out: why a side has no time.
+        left_out: why a side, a whole step or one of vLLM's top-k kernels has no time.
+        step_us: microseconds of a whole step, by `STEPS`; reports of before have none.
+        topk_kernels: the fastest of vLLM's top-k kernels, where a whole step has one.
     """
 
     shape: str
@@ -52,17 +58,28 @@ class Row:
     plan_us: float | None = None
     relative_errors: dict[str, float | None] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    step_us: dict[str, float] = field(default_factory=dict)
+    topk_kernels: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> bool:
-        """Whether our own result is wrong or missing."""
-        return OURS in self.left_out
+        """Whether a result of ours, logits or selection, is wrong or missing."""
+        return OURS in self.left_out or STEP in self.left_out
 
     def x_floor(self, side: str) -> float:
         return self.times_us[side] / self.floor_us
 
     def over_ours(self, side: str) -> float:
         return self.times_us[side] / self.times_us[OURS]
+
+    def logits_us(self, step: str) -> float:
+        """Of a whole step's logits alone."""
+        stock = NATIVE if NATIVE in self.times_us else FLATTENED
+        return self.times_us[stock if step == STOCK_STEP else OURS]
+
+    def added_us(self, step: str) -> float:
+        """What a whole step takes more than its logits alone."""
+        return self.step_us[step] - self.logits_us(step)
 
     @property
     def name(self) -> str:
@@ -82,13 +99,15 @@ class Report:
     page: int
     read_bytes_per_s: float
     rows: list[Row] = field(default_factory=list)
+    top_k: int = 2048
 
     def write(self, path: Path) -> None:
-        """As JSON, each row with its times over the floor and the GB/s that these amount to."""
+        """As JSON, each row with its times over the floor, the GB/s that these amount to, and what selection adds."""
         content = asdict(self)
         for row, entry in zip(self.rows, content["rows"], strict=True):
             entry["x_floor"] = {side: row.x_floor(side) for side in row.times_us}
             entry["gb_per_s"] = {side: row.floor_bytes / time / 1e3 for side, time in row.times_us.items()}
+            entry["added_us"] = {step: row.added_us(step) for step in row.step_us}
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
@@ -113,25 +132,54 @@ class Report:
             f"floor: bytes that must move at the {self.read_bytes_per_s / 1e12:.3f} TB/s read in this run"
         )
 
+    @property
+    def step_conditions(self) -> str:
+        """What the times of whole steps mean, in one line."""
+        return (
+            f"logits, then their top {self.top_k}, which takes (+) us more; "
+            f"requests of at most {self.top_k} tokens: our step leaves their logits out"
+        )
+
+    @property
+    def has_steps(self) -> bool:
+        return any(row.step_us for row in self.rows)
+
+
+def tables(report: Report) -> list[Table]:
+    """Of the logits, and of whole steps where these were measured."""
+    return [table(report), *([step_table(report)] if report.has_steps else [])]
+
 
 def table(report: Report) -> Table:
     """A line for each case; DeepGEMM's times with their ratio to ours."""
+    peers = "DeepGEMM\nnative\nus (/ ours)", "DeepGEMM\nflattened\nus (/ ours)"
+    return _table(report, ("ours\nus", "x\nfloor", "GB/s", "plan\nus", *peers), _cells)
+
+
+def step_table(report: Report) -> Table:
+    """A line for each case; of whole steps."""
+    headings = "ours\nus (+)", "ours, vLLM's top-k\nus (+)", "stock\nus (/ ours)"
+    result = _table(report, headings, _step_cells)
+    result.title, result.title_justify, result.title_style = report.step_conditions, "left", ""
+    return result
+
+
+def _table(report: Report, headings: Sequence[str], cells: Callable[[Row], list[str]]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     result.add_column("batch x context", no_wrap=True)
-    peers = "DeepGEMM\nnative\nus (/ ours)", "DeepGEMM\nflattened\nus (/ ours)"
-    for heading in ("next_n", "ours\nus", "x\nfloor", "GB/s", "plan\nus", *peers):
+    for heading in ("next_n", *headings):
         result.add_column(heading, justify="right", no_wrap=True)
     previous = ""
     for row in report.rows:
         if row.name != previous and previous:
             result.add_section()
-        result.add_row(row.name if row.name != previous else "", str(row.next_n), *_cells(row))
+        result.add_row(row.name if row.name != previous else "", str(row.next_n), *cells(row))
         previous = row.name
     return result
 
 
 def _cells(row: Row) -> list[str]:
-    if row.failed:
+    if OURS in row.left_out:
         return ["[red]failed[/]", *["-"] * 5]
     ours = row.times_us[OURS]
     peers = [
@@ -142,10 +190,29 @@ def _cells(row: Row) -> list[str]:
     return [f"{ours:.1f}", f"{row.x_floor(OURS):.2f}", f"{rate:.0f}", f"{row.plan_us:.1f}", *peers]
 
 
+def _step_cells(row: Row) -> list[str]:
+    if row.failed:
+        return ["[red]failed[/]", "-", "-"]
+    ours, mixed = (
+        f"{row.step_us[step]:.1f} ({row.added_us(step):+.1f})" if step in row.step_us else "-"
+        for step in (STEP, STEP_VLLM_TOPK)
+    )
+    stock = row.step_us.get(STOCK_STEP)
+    ratio = f" ({stock / row.step_us[STEP]:.2f})" if stock and STEP in row.step_us else ""
+    return [ours, mixed, f"{stock:.1f}{ratio}" if stock else "-"]
+
+
 def notes(report: Report) -> list[str]:
-    """Why times are missing: a line for each failure of ours, one for each reason of DeepGEMM's sides."""
-    failures = [f"{row.name}, next_n {row.next_n}: {row.left_out[OURS]}" for row in report.rows if row.failed]
-    reasons = Counter((side, row.left_out[side]) for row in report.rows for side in row.left_out if side != OURS)
-    return failures + [
-        f"{SIDES[side]}, {count} of {len(report.rows)} cases: {reason}" for (side, reason), count in reasons.items()
+    """Which of vLLM's top-k kernels it was, and why times are missing: a line for each failure of ours, one for each
+    reason of the others.
+    """
+    names = SIDES | STEPS
+    failures = [
+        f"{row.name}, next_n {row.next_n}: {row.left_out[ours]}" for row in report.rows for ours in (OURS, STEP) if ours in row.left_out
+    ]
+    reasons = Counter((side, row.left_out[side]) for row in report.rows for side in row.left_out if side not in (OURS, STEP))
+    kernels = Counter(row.topk_kernels[STEP_VLLM_TOPK] for row in report.rows if STEP_VLLM_TOPK in row.topk_kernels)
+    fastest = [f"vLLM's fastest top-k: {', '.join(f'{name} in {count}' for name, count in kernels.items())} cases"] if kernels else []
+    return fastest + failures + [
+        f"{names.get(side, side)}, {count} of {len(report.rows)} cases: {reason}" for (side, reason), count in reasons.items()
     ]

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run of `bench kernel`: times of our kernel and of DeepGEMM over the memory floor.
+"""The run of `bench kernel`: logits, ours and DeepGEMM's, over the memory floor; then whole steps of the indexer.
 
-The floor is the bytes that a step must move at the read bandwidth measured in the same run. Every
-result is checked against the FP32 reference before it is timed.
+The floor is the bytes that a step must move at the read bandwidth measured in the same run. Logits are
+checked against the FP32 reference before they are timed, selections against the logits that they are of.
+
+A whole step is logits and their top-k: ours, by a plan with k, as a caller of `index_topk` has it; our logits with vLLM's
+top-k; and stock vLLM's, DeepGEMM in the way that this vLLM calls it, with vLLM's top-k. vLLM's is each time the fastest of its
+kernels that take the step and select rightly, be it the one that vLLM would choose or not.
 """
 
 import argparse
@@ -14,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import machine, stopping
+from vllm_mqa_sm90 import machine, reference, stopping
 from vllm_mqa_sm90.bench import output
-from vllm_mqa_sm90.bench.kernel import deepgemm, timing
-from vllm_mqa_sm90.bench.kernel import DEFAULT_HEADS, DEFAULT_PAGE
-from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, SIDES, LeftOut, Report, Row, notes, one_line, table
+from vllm_mqa_sm90.bench.kernel import DEFAULT_HEADS, DEFAULT_PAGE, DEFAULT_TOP_K, deepgemm, timing, vllm_topk
+from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, SIDES, STEP, STEP_VLLM_TOPK, STEPS, STOCK_STEP
+from vllm_mqa_sm90.bench.kernel.report import LeftOut, Report, Row, notes, one_line, tables
 from vllm_mqa_sm90.bench.kernel.shapes import Shape
 from vllm_mqa_sm90.bench.kernel.step import Step, floor_bytes, make_step
 
@@ -54,7 +57,7 @@ _QUICK_DEEP_GEMM_SECONDS = 30
 DEVICE = torch.device("cuda")
 
 Show = Callable[[str], None]
-Call = Callable[[int], torch.Tensor]  # from the number of a block table to the logits
+Call = Callable[[int], torch.Tensor]  # from the number of a block table to the logits, or to the selected indices
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _stop("interrupted" + (f"; {args.output}/kernel.json has the cases before" if args.output else ""))
         return 130
-    output.show(report, [table(report)], notes(report))
+    output.show(report, tables(report), notes(report))
     if args.output:
-        output.draw(report, args.output, "kernel.plot", "kernel.json", "kernel.png and kernel.svg")
+        output.draw(report, args.output, "kernel.plot", "kernel.json", "kernel.png and kernel-steps.png")
     return 1 if any(row.failed for row in report.rows) else 0
 
 
@@ -113,6 +116,7 @@ def measure(args: argparse.Namespace) -> Report:
             heads=args.heads,
             page=args.page,
             read_bytes_per_s=timing.read_bandwidth(replays),
+            top_k=args.top_k,
         )
         show("loading vLLM")
         peer: deepgemm.DeepGemm | str
@@ -121,7 +125,13 @@ def measure(args: argparse.Namespace) -> Report:
             report.versions |= versions
         except Exception as error:  # whatever importing a vLLM may raise
             peer = one_line(error)
-        cases = _Cases(report, peer, replays, started + _QUICK_DEEP_GEMM_SECONDS if args.quick else math.inf, show)
+        topk: vllm_topk.VllmTopK | str
+        try:
+            topk = vllm_topk.load(DEVICE)
+        except Exception as error:
+            topk = one_line(error)
+        deadline = started + _QUICK_DEEP_GEMM_SECONDS if args.quick else math.inf
+        cases = _Cases(report, peer, topk, replays, deadline, show)
         for shape in shapes:
             for next_n in next_ns:
                 row = cases.measure(shape, next_n)
@@ -139,6 +149,7 @@ class _Cases:
     Attributes:
         report: read bandwidth, heads, page size, SMs.
         peer: DeepGEMM, or why there is none.
+        topk: vLLM's top-k kernels, or why there are none.
         replays: of each CUDA graph.
         deadline: after this `time.monotonic()` DeepGEMM is left out.
         show: tells what is being done.
@@ -146,6 +157,7 @@ class _Cases:
 
     report: Report
     peer: deepgemm.DeepGemm | str
+    topk: vllm_topk.VllmTopK | str
     replays: int
     deadline: float
     show: Show
@@ -158,14 +170,28 @@ class _Cases:
             self.show(f"{case}: {SIDES[OURS]}")
             step = make_step(shape, next_n, self.report.heads, self.report.page, DEVICE)
             plan = step.plan(num_sms=self.report.gpu["sms"])
-            self._time(row, OURS, step, _ours(step, plan))
+            ours = _ours(step, plan)
+            self._time(row, OURS, step, ours)
             replan = partial(step.plan, out=plan)
             row.plan_us = timing.replay_us([replan] * _MIN_CALLS, self.replays)
+            theirs: dict[str, Call] = {}
             # At next_n 1 a flattened call is the native one.
             for side in (NATIVE, FLATTENED) if next_n > 1 or shape.mixed else (NATIVE,):
                 with _noting(row, side):
                     self.show(f"{case}: {SIDES[side]} (compiles at first use)")
-                    self._time(row, side, step, self._theirs(step, flattened=side == FLATTENED))
+                    theirs[side] = self._theirs(step, flattened=side == FLATTENED)
+                    self._time(row, side, step, theirs[side])
+            self.show(f"{case}: {STEPS[STEP]}")
+            with _noting(row, STEP):
+                self._time_step(row, step, ours)
+            self.show(f"{case}: vLLM's top-k")
+            with _noting(row, STEP_VLLM_TOPK):
+                self._time_vllm_topk(row, STEP_VLLM_TOPK, step, ours)
+            native = isinstance(self.peer, deepgemm.DeepGemm) and self.peer.takes(next_n) and not shape.mixed
+            stock = NATIVE if native else FLATTENED
+            if stock in row.times_us:  # else that side says why not
+                with _noting(row, STOCK_STEP):
+                    self._time_vllm_topk(row, STOCK_STEP, step, theirs[stock])
         return row
 
     def _theirs(self, step: Step, *, flattened: bool) -> Call:
@@ -181,9 +207,55 @@ class _Cases:
         row.relative_errors[side] = error if math.isfinite(error) else None
         if not error <= TOLERANCE:
             raise LeftOut(f"relative error {error:.1e} against the reference, expected at most {TOLERANCE:.0e}")
+        row.times_us[side] = self._replay(step, call)
+
+    def _replay(self, step: Step, call: Call) -> float:
         copies = len(step.block_tables)
         calls = [partial(call, copy) for copy in range(copies)] * -(-_MIN_CALLS // copies)
-        row.times_us[side] = timing.replay_us(calls, self.replays)
+        return timing.replay_us(calls, self.replays)
+
+    def _time_step(self, row: Row, step: Step, ours: Call) -> None:
+        """Our whole step: checked against the reference's selection from our checked logits, then timed."""
+        k = self.report.top_k
+        logits = ours(0)
+        expected = reference.topk_indices(logits, step.context_lens, k)
+        plan = step.plan(num_sms=self.report.gpu["sms"], k=k)
+        inputs = step.q, step.kv_cache, step.weights, step.context_lens
+        options = {"max_context_len": step.max_context_len, "max_rows": step.max_rows, "logits": logits}
+        out = torch.empty_like(expected)
+
+        def call(copy: int) -> torch.Tensor:
+            return vllm_mqa_sm90.index_topk(*inputs, step.block_tables[copy], plan, k, **options, out=out)
+
+        logits.fill_(math.nan)  # so that what is not written, logit or index, is seen
+        out.fill_(-2)
+        wrong = int((call(0) != expected).any(dim=1).sum())
+        if wrong:
+            raise LeftOut(f"the selection of {wrong} of {len(expected)} rows is not the reference's")
+        row.step_us[STEP] = self._replay(step, call)
+
+    def _time_vllm_topk(self, row: Row, name: str, step: Step, logits_of: Call) -> None:
+        """A whole step with the fastest of vLLM's top-k kernels; one that fails, or selects wrongly, is left out."""
+        if isinstance(self.topk, str):
+            raise LeftOut(self.topk)
+        indices = torch.empty((step.context_lens.numel(), self.report.top_k), dtype=torch.int32, device=DEVICE)
+        times: dict[str, float] = {}
+        for kernel in self.topk.kernels(logits_of(0)):
+            select = partial(self.topk.select, kernel, context_lens=step.context_lens, max_context_len=step.max_context_len)
+
+            def call(copy: int, select: Callable = select) -> torch.Tensor:
+                select(logits_of(copy), indices=indices)
+                return indices
+
+            with _noting(row, kernel):
+                logits = logits_of(0)
+                select(logits, indices=indices.fill_(-1))
+                if not vllm_topk.is_topk(logits, step.context_lens, indices):
+                    raise LeftOut("its selection is wrong")
+                times[kernel] = self._replay(step, call)
+        if times:
+            fastest = min(times, key=times.__getitem__)
+            row.step_us[name], row.topk_kernels[name] = times[fastest], vllm_topk.SHORT[fastest]
 
 
 def _ours(step: Step, plan: torch.Tensor) -> Call:
@@ -223,7 +295,9 @@ def _progress(cases: int) -> Iterator[tuple[Show, Callable[[Row], None]]]:
             progress.advance(task)
             if not console.is_terminal:
                 times = ", ".join(f"{side} {us:.1f} us" for side, us in row.times_us.items())
-                console.print(f"{row.name}, next_n {row.next_n}: {times or 'failed'}", soft_wrap=True)
+                steps = ", ".join(f"{STEPS[step]} {us:.1f} us" for step, us in row.step_us.items())
+                shown = "; ".join(filter(None, (times, steps)))
+                console.print(f"{row.name}, next_n {row.next_n}: {shown or 'failed'}", soft_wrap=True)
 
         yield show, done
 
@@ -250,6 +324,8 @@ def _command(args: argparse.Namespace) -> str:
         words += ["--heads", str(args.heads)]
     if args.page != DEFAULT_PAGE:
         words += ["--page", str(args.page)]
+    if args.top_k != DEFAULT_TOP_K:
+        words += ["--top-k", str(args.top_k)]
     if args.quick:
         words.append("--quick")
     return shlex.join(words)
