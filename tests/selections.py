@@ -46,8 +46,8 @@ def expected(logits: torch.Tensor, context_lens: torch.Tensor, k: int) -> torch.
     index = torch.arange(columns, device=logits.device)
     lens = context_lens.reshape(-1, 1).clamp(0, columns)
     numbers = (ordered * 2**31 + (2**31 - 1 - index)).masked_fill_(index >= lens, -1)
-    best, chosen = numbers.topk(min(k, columns), dim=1)
-    chosen = chosen.masked_fill_(best < 0, columns).sort(dim=1).values
+    best, chosen = numbers.topk(min(k, columns), dim=1, sorted=False)
+    chosen = chosen.masked_fill_(best < 0, columns).int().sort(dim=1).values
     indices = torch.full((count, k), -1, dtype=torch.int32, device=logits.device)
-    indices[:, : chosen.shape[1]] = chosen.masked_fill_(chosen == columns, -1).int()
+    indices[:, : chosen.shape[1]] = chosen.masked_fill_(chosen == columns, -1)
     return indices

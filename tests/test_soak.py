@@ -8,6 +8,8 @@ import torch
 from vllm_mqa_sm90 import ops, reference
 
 SEEDS = range(12)
+LOOKED_AT = range(0, 6 * soak.REFERENCE_EVERY, soak.REFERENCE_EVERY)  # seeds of steps with a look at their logits
+FEW = range(6)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,8 @@ class Oracles:
     """The library's ops, of which those with kernels are the references."""
 
     def __init__(self, library) -> None:
-        self._library, self.grouping, self.spoil_logits, self.spoil_indices = library, {}, False, False
+        self._library, self.grouping = library, {}
+        self.spoil_logits = self.spoil_indices = self.leave_logits = False
 
     def __getattr__(self, name: str):
         return getattr(self._library, name)
@@ -45,6 +48,8 @@ class Oracles:
         out.copy_(torch.where(made > -torch.inf, made, out))
         if self.spoil_logits:
             out.mul_(1.01)
+        if self.leave_logits:
+            out[:, 0] = torch.nan
 
     def topk_indices(self, logits, context_lens, k, out) -> None:
         with pytest.raises(RuntimeError, match="logits: expected tensors on a CUDA device"):
@@ -59,13 +64,25 @@ def test_finds_nothing_where_all_is_right(seed: int) -> None:
     assert soak.check(seed, num_sms=7, device="cpu") is None
 
 
-def test_finds_wrong_logits_and_wrong_selections() -> None:
-    torch.ops.vllm_mqa_sm90.spoil_logits = True
-    found = [soak.check(seed, num_sms=7, device="cpu") for seed in SEEDS]
-    assert sum("logits of rows" in problem for problem in filter(None, found)) >= len(SEEDS) // 2
-    torch.ops.vllm_mqa_sm90.spoil_logits, torch.ops.vllm_mqa_sm90.spoil_indices = False, True
-    found = [soak.check(seed, num_sms=7, device="cpu") for seed in SEEDS]
-    assert sum("the selection is wrong" in problem for problem in filter(None, found)) >= len(SEEDS) // 2
+def found_in(seeds: range, **options) -> list[str]:
+    return list(filter(None, (soak.check(seed, num_sms=7, device="cpu", **options) for seed in seeds)))
+
+
+def test_finds_wrong_logits_unwritten_ones_and_wrong_selections() -> None:
+    ops = torch.ops.vllm_mqa_sm90
+    ops.spoil_logits = True
+    assert sum("logits of rows" in problem for problem in found_in(LOOKED_AT)) >= len(LOOKED_AT) // 2
+    ops.spoil_logits, ops.leave_logits = False, True
+    assert sum("a logit is not written" in problem for problem in found_in(FEW)) >= len(FEW) // 2
+    ops.leave_logits, ops.spoil_indices = False, True
+    assert sum("the selection is wrong" in problem for problem in found_in(FEW)) >= len(FEW) // 2
+
+
+def test_small_steps_and_steps_that_only_run() -> None:
+    assert found_in(SEEDS, small=True) == []
+    assert soak.draw(2, "cpu", small=True)[0].max_context_len <= 3000
+    torch.ops.vllm_mqa_sm90.spoil_indices = True
+    assert found_in(SEEDS, small=True, compare=False) == []
 
 
 def test_a_step_is_its_seeds() -> None:
