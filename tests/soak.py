@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random whole steps: plan, logits, selection. `python tests/soak.py --steps 20000` on a GPU.
+"""Random whole steps: lengths, plan, logits, selection. `python tests/soak.py --steps 20000` on a GPU.
 
 A step is drawn from its seed alone, so `--seed N --steps 1` repeats one. Of each, every row's selection is held against
 torch.topk on the kernel's own logits, by the tie rule, all of which must be written; and `index_topk`, by a plan for another
-number of CTAs, must select the same. Of one step in four a random request's logits are held against the FP32 reference, which
-is most of the time that a step takes. In a fifth of the steps ties are many, or rows hard to select from.
+number of CTAs, must select the same. One step in four cleans its logits; of one in four a random request's logits are held
+against the FP32 reference, which is much of the time. In a fifth of the steps ties are many, or rows hard to select from.
 """
 
 import argparse
@@ -80,6 +80,20 @@ def workspace(step: Step, fill: bool) -> torch.Tensor:
     return logits
 
 
+def has_request(step: Step) -> torch.Tensor:
+    """Of each row of a step by query_start_loc."""
+    return torch.arange(step.context_lens.numel(), device=step.q.device) < step.query_start_loc[-1]
+
+
+def lens_by_request(step: Step) -> torch.Tensor:
+    """What `row_context_lens` makes of a step by query_start_loc, of requests as long as their last row."""
+    starts, ends = step.query_start_loc[:-1], step.query_start_loc[1:]
+    last_rows = step.context_lens[(ends.long() - 1).clamp(min=0)]
+    return vllm_mqa_sm90.row_context_lens(
+        last_rows.where(ends > starts, 0), step.query_start_loc, out=torch.empty_like(step.context_lens)
+    )
+
+
 def check(
     seed: int, num_sms: int | None = None, device: str = "cuda", small: bool = False, compare: bool = True
 ) -> str | None:
@@ -87,21 +101,26 @@ def check(
     step, k, hard = draw(seed, device, small)
     rng = random.Random(~seed)
     what = f"{hard or 'as drawn'}, k {k}, lengths {list(step.context_lens.shape)}"
-    columns, lens = step.max_context_len, step.context_lens
-    logits = step.logits(step.plan(num_sms=num_sms), out=workspace(step, compare))
+    columns, lens, clean = step.max_context_len, step.context_lens, rng.random() < 0.25
+    logits = step.logits(step.plan(num_sms=num_sms), out=workspace(step, compare), clean_logits=clean)
     indices = vllm_mqa_sm90.topk_indices(logits, lens, k)
     plan = step.plan(k=k, num_sms=rng.randint(1, 132))
     options = {"max_context_len": columns, "max_rows": step.max_rows, "logits": workspace(step, compare)}
     whole = vllm_mqa_sm90.index_topk(*step.inputs(), plan, k, **options)
+    row_lens = lens_by_request(step) if step.query_start_loc is not None and lens.numel() else None
     if not compare:
         return None
     if not torch.equal(indices, selections.expected(logits, lens, k)):
         return f"{what}: the selection is wrong"
     if not torch.equal(whole, indices):
         return f"{what}: index_topk selects otherwise"
+    if row_lens is not None and not torch.equal(row_lens, lens.where(has_request(step), 0)):
+        return f"{what}: row_context_lens has other lengths"
+    within = torch.arange(columns, device=logits.device) < lens.reshape(-1, 1)
+    if clean and not bool((logits.masked_fill(within, -torch.inf) == -torch.inf).all()):
+        return f"{what}: clean_logits left a column"
     if hard == "NaN scales":
         return None
-    within = torch.arange(columns, device=logits.device) < lens.reshape(-1, 1)
     if bool((logits.isnan() & within).any()):
         return f"{what}: a logit is not written"
     return None if seed % REFERENCE_EVERY or not lens.numel() else wrong_logits(step, logits, rng, what)

@@ -27,7 +27,7 @@ class Oracles:
 
     def __init__(self, library) -> None:
         self._library, self.grouping = library, {}
-        self.spoil_logits = self.spoil_indices = self.leave_logits = False
+        self.spoil_logits = self.spoil_indices = self.leave_logits = self.leave_dirt = False
 
     def __getattr__(self, name: str):
         return getattr(self._library, name)
@@ -43,9 +43,9 @@ class Oracles:
     def paged_mqa_logits(self, *arguments) -> None:
         with pytest.raises(RuntimeError, match="q: expected tensors on a CUDA device"):
             self._library.paged_mqa_logits(*arguments)
-        *inputs, _, columns, _, _, _, out = arguments
+        *inputs, _, columns, _, _, clean, out = arguments
         made = reference.paged_mqa_logits(*inputs, max_context_len=columns, **self.grouping)
-        out.copy_(torch.where(made > -torch.inf, made, out))
+        out.copy_(made if clean and not self.leave_dirt else torch.where(made > -torch.inf, made, out))
         if self.spoil_logits:
             out.mul_(1.01)
         if self.leave_logits:
@@ -74,7 +74,9 @@ def test_finds_wrong_logits_unwritten_ones_and_wrong_selections() -> None:
     assert sum("logits of rows" in problem for problem in found_in(LOOKED_AT)) >= len(LOOKED_AT) // 2
     ops.spoil_logits, ops.leave_logits = False, True
     assert sum("a logit is not written" in problem for problem in found_in(FEW)) >= len(FEW) // 2
-    ops.leave_logits, ops.spoil_indices = False, True
+    ops.leave_logits, ops.leave_dirt = False, True
+    assert any("clean_logits left a column" in problem for problem in found_in(SEEDS))
+    ops.leave_dirt, ops.spoil_indices = False, True
     assert sum("the selection is wrong" in problem for problem in found_in(FEW)) >= len(FEW) // 2
 
 
@@ -83,6 +85,13 @@ def test_small_steps_and_steps_that_only_run() -> None:
     assert soak.draw(2, "cpu", small=True)[0].max_context_len <= 3000
     torch.ops.vllm_mqa_sm90.spoil_indices = True
     assert found_in(SEEDS, small=True, compare=False) == []
+
+
+@pytest.mark.parametrize("by", ["indices", "query_start_loc"])
+def test_a_step_without_rows(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = soak.random_ragged_step([[], []], by=by, max_rows=2)
+    monkeypatch.setattr(soak, "draw", lambda *_: (step, 5, ""))
+    assert found_in(FEW) == []
 
 
 def test_a_step_is_its_seeds() -> None:
