@@ -105,14 +105,14 @@ def test_run(
         stock = FLATTENED if row["next_n"] == 3 else NATIVE
         for step, side in (STEP, OURS), (STEP_VLLM_TOPK, OURS), (STOCK_STEP, stock):
             assert row["added_us"][step] == pytest.approx(row["step_us"][step] - row["times_us"][side])
-    # Logits, plan, native; our step; vLLM's kernels after our logits and after stock's.
-    assert rows[0]["step_us"] == {STEP: 13.0, STEP_VLLM_TOPK: 14.0, STOCK_STEP: 17.0}
+    # Logits, plan, our step, vLLM's kernels after our logits; native, and they after that.
+    assert rows[0]["step_us"] == {STEP: 12.0, STEP_VLLM_TOPK: 13.0, STOCK_STEP: 17.0}
     assert on_cpu.topk.calls.count(PER_ROW) >= len(rows)
     assert (tmp_path / "kernel-steps.png").is_file() and (tmp_path / "kernel-steps.svg").is_file()
     captured = capsys.readouterr()
     assert "vLLM's fastest top-k: cooperative in 6, persistent in 3 cases" in captured.out
-    assert "13.0 (+3.0)" in captured.out and "17.0 (1.31)" in captured.out
-    assert "our logits + selection 13.0 us" in captured.err
+    assert "12.0 (+2.0)" in captured.out and "17.0 (1.42)" in captured.out
+    assert "our logits + selection 12.0 us" in captured.err
 
 
 def test_mixed_steps_are_stock_when_flattened(on_cpu: types.SimpleNamespace, tmp_path: Path) -> None:
