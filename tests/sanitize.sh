@@ -45,7 +45,7 @@ sanitize() {
   local environment=(PYTHONUNBUFFERED=1)
   case $tool in
     initcheck) options+=(--show-backtrace no --print-limit 0) soak+=(--run-only) ;;
-    *) options+=(--kernel-regex kns=mqa_sm90 --error-exitcode 9) ;;
+    *) options+=(--kernel-name kns=mqa_sm90 --error-exitcode 9) ;;
   esac
   case $tool in
     # Errors that PyTorch asks for, to see what a driver has; those of our launches are exceptions.

@@ -65,7 +65,7 @@ def test_four_tools_find_nothing(tree: Path) -> None:
     memcheck, initcheck, synccheck, racecheck = (tree / "arguments").read_text().splitlines()
     for call in memcheck, initcheck, synccheck, racecheck:
         assert "python tests/soak.py --small --verbose --steps 7 --seconds 60 --seed 30" in call
-        assert ("--kernel-regex kns=mqa_sm90 --error-exitcode 9" in call) == (call != initcheck)
+        assert ("--kernel-name kns=mqa_sm90 --error-exitcode 9" in call) == (call != initcheck)
         assert ("--run-only" in call) == (call == initcheck)
         assert (" 1 --tool" in call) == (call in (memcheck, initcheck))
         assert call.startswith(f"{tree}{'/build/racecheck' if call == racecheck else ''} ")
