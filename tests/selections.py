@@ -5,7 +5,7 @@ import torch
 
 KINDS = (
     "normal", "equal", "zeros", "two values", "few values", "one huge bin", "descending", "ascending", "wide", "NaN",
-    "mostly NaN", "infinite", "large", "any bits",
+    "mostly NaN", "infinite", "large", "any bits", "masked", "no numbers", "huge", "denormal",
 )  # fmt: skip
 
 
@@ -29,6 +29,10 @@ def rows(kind: str, count: int, columns: int, seed: int = 0, device: str = "cuda
         "mostly NaN": lambda: torch.where(x > -0.5, torch.where(x > 0, torch.nan, -torch.nan), x),
         "infinite": lambda: torch.where(x > 1, torch.inf, torch.where(x < -1, -torch.inf, x)),
         "large": lambda: x * 1e8,
+        "masked": lambda: torch.where(line % 4000 == 77, x, torch.finfo(torch.float32).min),
+        "no numbers": lambda: torch.where(line % 4000 == 77, x, torch.where(x > 0, torch.inf, -torch.inf)),
+        "huge": lambda: torch.where(x > 3, -torch.inf, 1e38 + x * 1e31),
+        "denormal": lambda: x * 1e-41,
         "any bits": lambda: torch.randint(-(2**31), 2**31, x.shape, generator=generator, device=device).int().view(torch.float32),
     }[kind]()
     storage[:, :columns] = values

@@ -28,7 +28,7 @@ HARD = ("one page", "no weights", "no keys", "NaN scales", "growing scales", "sh
 def draw(seed: int, device: str, small: bool = False) -> tuple[Step, int, str]:
     """A step, k, and in what it is hard; `small`: as slow tools can bear it."""
     rng = random.Random(seed)
-    longest = rng.choice([100, 3000] if small else [100, 3000, 3000, 9000, 40000])
+    longest = rng.choice([100, 3000, 3000, 70000] if small else [100, 3000, 3000, 9000, 40000, 150_000])
     requests = rng.randint(1, max(1, min(70, (24_000 if small else 100_000) // longest)))
     lengths = [max(0, rng.randint(-longest // 8, longest)) for _ in range(requests)]
     options = {

@@ -158,7 +158,7 @@ def test_acceptance_is_the_difference_over_all_engines() -> None:
         ("void deep_gemm::smxx_paged_mqa_logits_metadata<32u>(unsigned int)", "plan"),
         ("void vllm::topKPerRowDecode<512, true>(float const*)", "top-k"),
         ("void vllm::persistent::persistent_topk_kernel<4>(vllm::persistent::PersistentTopKParams)", "top-k"),
-        ("void mqa_sm90::(anonymous namespace)::selection_kernel<16>(mqa_sm90::SelectionParams, int, int)", "top-k"),
+        ("void mqa_sm90::selection::selection_kernel<16, 1>(mqa_sm90::SelectionParams, int)", "top-k"),
         ("void vllm::moe::grouped_topk_fused_kernel<float>(float*)", "MoE"),
         ("fused_moe_kernel", "MoE"),
         ("void sm90::decode::sparse_fp8::flash_fwd_splitkv_mla_fp8_sparse_kernel<cutlass::bfloat16_t>()", "sparse attention"),

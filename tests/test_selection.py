@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import reference
+from vllm_mqa_sm90 import ops, reference
 
 NAN, INF = float("nan"), float("inf")
 
@@ -22,7 +22,7 @@ def arguments() -> dict[str, object]:
 MISUSES = [
     ("logits dtype", "logits", lambda t: t.bfloat16(), "logits: expected dtype float32, given dtype bfloat16"),
     ("logits dims", "logits", lambda t: t[0], r"logits: expected shape \[T, W\], .*given shape \[64\]"),
-    ("logits columns", "logits", lambda t: torch.zeros(1, 1).expand(6, 2**30 + 1), r"logits: expected shape .*W at most 2\^30, given shape \[6, 1073741825\]"),
+    ("logits columns", "logits", lambda t: torch.zeros(1, 1).expand(6, 2**24 + 1), r"logits: expected shape .*W at most 2\^24, given shape \[6, 16777217\]"),
     ("logits last stride", "logits", lambda t: torch.zeros(6, 128)[:, ::2], "logits: expected a last stride of 1"),
     ("logits stride", "logits", lambda t: torch.zeros(6, 66)[:, :64], r"logits: expected rows .*a multiple of 4 columns apart, given .*\[66, 1\]"),
     ("logits overlap", "logits", lambda t: t[:1].expand(6, -1), "logits: expected rows that do not overlap"),
@@ -115,3 +115,17 @@ def test_misuse_of_the_reference_is_named(change: dict, says: str) -> None:
     given = {name: value for name, value in arguments().items() if name != "out"}
     with pytest.raises(ValueError, match="^vllm_mqa_sm90: " + says):
         reference.topk_indices(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k: expected 1 to 2048, given 0"),
+        ({"k": 2049}, "k: expected 1 to 2048, given 2049"),
+        ({"max_context_len": 2**24 + 1}, r"max_context_len: expected at most 2\^24, given 16777217"),
+    ],
+)
+def test_index_topk_launches_nothing_before_it_refuses(options: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "paged_mqa_logits", None)
+    with pytest.raises(RuntimeError, match=message):
+        ops.index_topk(*[torch.zeros(1)] * 6, **{"k": 8, "max_context_len": 64} | options)

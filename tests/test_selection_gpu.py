@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection on a GPU: always the very indices that the tie rule says."""
 
+import itertools
+
 import pytest
 import selections
 import torch
@@ -33,18 +35,22 @@ def select(logits: torch.Tensor, lens: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [1, 100, 2047, 2049, 4096, 4099, 8192, 20001, 131072, 300000])
 @pytest.mark.parametrize("kind", selections.KINDS)
 def test_every_kind_of_row(kind: str, columns: int) -> None:
+    """By the widest clusters, and by the next."""
     logits = selections.rows(kind, 7, columns)
-    lens = lens_of(columns, columns - 1, columns + 9, K, K + 1, 0, -(2**31))
-    for k in K, 512, 1:
-        assert torch.equal(select(logits, lens, k), selections.expected(logits, lens, k))
+    lens = lens_of(columns, K + 1, columns - 1, K, 0, columns + 9, -(2**31))
+    for rows, k in itertools.product((5, 7), (K, 512, 1)):
+        assert torch.equal(select(logits[:rows], lens[:rows], k), selections.expected(logits[:rows], lens[:rows], k))
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 9, 16, 17, 33, 66, 67, 131, 132, 133, 263, 264, 265, 768, 5000])
-def test_rows_do_not_depend_on_their_number(count: int) -> None:
-    """Clusters of all sizes, and more rows than fit at once."""
-    logits = selections.rows("few values", min(count, 64), 9000)
+@pytest.mark.parametrize("columns", [9000, 33000, 66000])
+@pytest.mark.parametrize("count", [1, 6, 7, 8, 9, 24, 25, 48, 49, 66, 67, 132, 133, 264, 265, 768, 5000])
+def test_rows_do_not_depend_on_their_number(count: int, columns: int) -> None:
+    """All launches there are (csrc/selection/launch.cu), and more rows than fit at once."""
+    if count * columns > 60_000_000:
+        columns = 9000
+    logits = selections.rows("few values", min(count, 64), columns)
     logits = torch.cat([logits] * -(-count // 64))[:count] if count > 64 else logits
-    lens = (torch.arange(count, device="cuda") * 1237 % 9100).int()
+    lens = (torch.arange(count, device="cuda") * 1237 % (columns + 100)).int()
     indices = select(logits, lens, K)
     assert torch.equal(indices, selections.expected(logits, lens, K))
     for row in {0, count // 2, count - 1}:
@@ -59,7 +65,7 @@ def test_expected_is_the_reference() -> None:
 
 
 @pytest.mark.parametrize("columns", [1 << 20, 5_000_000])
-def test_rows_longer_than_shared_memory(columns: int) -> None:
+def test_long_rows(columns: int) -> None:
     logits = selections.rows("normal", 150, columns) if columns < 1 << 21 else selections.rows("few values", 2, columns)
     lens = (columns - torch.arange(len(logits), device="cuda") * 6_000).int()
     for rows in {2, len(logits)}:
@@ -67,12 +73,24 @@ def test_rows_longer_than_shared_memory(columns: int) -> None:
 
 
 def test_logits_past_the_length_are_not_read() -> None:
-    """They are larger than all others; and the last row ends with the memory."""
+    """They are larger than all others."""
     logits = selections.rows("normal", 40, 30000)
     lens = (torch.arange(40, device="cuda") * 700 + 2100).int()
     expected = selections.expected(logits, lens, K)
     logits.masked_fill_(torch.arange(30000, device="cuda") >= lens[:, None], torch.inf)
     assert torch.equal(select(logits, lens, K), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 20, 60, 300])
+def test_no_logits(rows: int) -> None:
+    chosen = vllm_mqa_sm90.topk_indices(torch.empty(rows, 64, device="cuda")[:, :0], lens_of(*[5] * rows), K)
+    assert (chosen == -1).all()
+
+
+def test_the_last_row_ends_with_the_memory() -> None:
+    logits = selections.rows("normal", 5, 9024)
+    lens = lens_of(*[9024] * 5)
+    assert logits.is_contiguous() and torch.equal(select(logits, lens, K), selections.expected(logits, lens, K))
 
 
 def test_graph_replays_with_other_lengths() -> None:

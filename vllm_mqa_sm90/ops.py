@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 
-from vllm_mqa_sm90.sizes import HEAD_DIM, HEADS, MAX_NEXT_N, PAGE_SIZES, TOKEN_BYTES  # noqa: F401: others have them from here
+from vllm_mqa_sm90.sizes import (  # noqa: F401: others have some from here
+    HEAD_DIM,
+    HEADS,
+    MAX_NEXT_N,
+    MAX_TOPK,
+    MAX_TOPK_COLUMNS,
+    PAGE_SIZES,
+    TOKEN_BYTES,
+)
 
 UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
 """What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/shared/params.h."""
@@ -346,7 +354,9 @@ def index_topk(
     `paged_mqa_logits`, then `topk_indices`, two launches of which the second overlaps the end of the first.
 
     Args:
-        q, kv_cache, weights, context_lens, block_table, max_context_len, max_rows: as for `paged_mqa_logits`.
+        q, kv_cache, weights, context_lens, block_table, max_rows: as for `paged_mqa_logits`. Rows that are padding by
+            the plan alone have unspecified indices, unless their lengths are 0 or negative.
+        max_context_len: as for `paged_mqa_logits`, at most 2^24.
         plan: what `plan` returned for the same lengths and this k, and `indices` or `query_start_loc`.
         k: 1 to 2048.
         logits: float32 `[T, max_context_len]` as for `topk_indices`: workspace, unspecified afterwards.
@@ -358,6 +368,12 @@ def index_topk(
     Raises:
         TypeError, RuntimeError: as these two.
     """
+    check_ints(("k", k), ("max_context_len", max_context_len))
+    # What the second launch does not take must not be found out after the first.
+    if not 1 <= k <= MAX_TOPK:
+        raise RuntimeError(f"k: expected 1 to {MAX_TOPK}, given {k}")
+    if max_context_len > MAX_TOPK_COLUMNS:
+        raise RuntimeError(f"max_context_len: expected at most 2^24, given {max_context_len}")
     options = {"max_context_len": max_context_len, "max_rows": max_rows, "k": k}
     logits = paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, plan, **options, out=logits)
     return topk_indices(logits, context_lens, k, out=out)

@@ -11,5 +11,7 @@ PAGE_SIZES = (32, 64)
 """Tokens per page of the KV cache."""
 MAX_TOPK = 2048
 """Most logits of a row that are selected."""
+MAX_TOPK_COLUMNS = 1 << 24
+"""Longest row of logits to select from: kMaxColumns of csrc/selection/selection.h."""
 MAX_NEXT_N = 8
 """Most query rows of one group: those of a request in a uniform step."""

@@ -134,7 +134,7 @@ selection_kernel(const __grid_constant__ SelectionParams p, int32_t most_tiles) 
   const int row = blockIdx.x / kCtas, rank = blockIdx.x % kCtas;
   for (int i = threadIdx.x * 4; i < kBins; i += kThreads * 4) *reinterpret_cast<int4*>(&shared.histogram[i]) = {0, 0, 0, 0};
   if (threadIdx.x == 0) {
-    shared.low_key = ~0u, shared.high_key = 0, shared.taken = shared.before = 0;
+    shared.taken = shared.chosen_before = 0;
     if constexpr (kCtas > 1) {
       for (auto* barrier : {&shared.coarse_full, &shared.fine_full, &shared.candidates_full}) barrier->init(1);
       cutlass::arch::fence_barrier_init();

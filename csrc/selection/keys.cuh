@@ -2,6 +2,7 @@
 // Where a logit lies in the order of all: its bin at the first look, and its key.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 namespace mqa_sm90::selection {
@@ -19,7 +20,7 @@ struct Linear {
   // scale is a positive number, and NaN, which counts as the largest, is saturated to 0.
   static __device__ __forceinline__ Linear over(float low, float high) {
     const float scale = fmaxf(fminf(__fdividef(1 / 1.5f, high - low), 1e30f), 1e-30f);
-    return {scale, fmaf(low, scale, 1)};
+    return {scale, fmaxf(fmaf(low, scale, 1), -FLT_MAX)};  // a number: minus infinity is in the last bin
   }
 
   __device__ __forceinline__ float place_of(float logit) const {

@@ -12,7 +12,7 @@ template <int kCtas, int kPerSm>
 cudaError_t launch(const SelectionParams& p, cudaStream_t stream) {
   const auto kernel = selection_kernel<kCtas, kPerSm>;
   const int most_tiles = (slice_of(p.columns, kCtas) - 1) / kTile + 1, bytes = most_tiles * kBytesOfTile;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
   if (status == cudaSuccess && kCtas > 8) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }

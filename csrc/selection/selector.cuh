@@ -29,7 +29,7 @@ struct Found {
   int32_t above;       // logits in better bins, at all looks so far
   int32_t above_here;  // of them, those of this slice
   int32_t size;        // logits in the bin
-  int32_t before;      // of them, those in slices before this one
+  int32_t candidates_before;  // of them, those in slices before this one
 };
 
 struct SharedMemory {
@@ -45,13 +45,14 @@ struct SharedMemory {
   int32_t of_warp[kWarps];                          // sums
   uint32_t low_key, high_key;
   int32_t taken;                                    // candidates of this CTA
-  int32_t before;                                   // chosen candidates in slices before this one
+  int32_t chosen_before;                            // candidates that are chosen, in slices before this one
   hopper::Barrier coarse_full, fine_full, candidates_full;
 };
 
 // Dynamic shared memory: of each tile `flags` and `chosen_of_warp`.
 constexpr int kBytesOfTile = kThreads * sizeof(uint16_t) + kWarps * sizeof(int32_t);
-static_assert(sizeof(SharedMemory) + int64_t{kBytesOfTile} * kMaxColumns / kMaxCtas / kTile <= 227 * 1024);
+constexpr int kMostBytes = kBytesOfTile * (kMaxColumns / kMaxCtas / kTile);
+static_assert(sizeof(SharedMemory) + kMostBytes <= 227 * 1024);
 
 // Logits of a CTA, where a row has so many: whole quads, and lines of memory.
 __host__ __device__ constexpr int32_t slice_of(int32_t length, int ctas) { return ((length - 1) / ctas + 1 + 31) / 32 * 32; }
@@ -63,11 +64,12 @@ struct Slice {
 };
 
 // Of the warp's lanes, this one's value and those of the lanes before.
-__device__ __forceinline__ int32_t sum_to_lane(int32_t value) {
+template <typename T>
+__device__ __forceinline__ T sum_to_lane(T value) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const int32_t other = __shfl_up_sync(~0u, value, d);
+    const T other = __shfl_up_sync(~0u, value, d);
     if (lane >= d) value += other;
   }
   return value;
@@ -84,7 +86,7 @@ struct Selector {
   const int rank;
   const Slice slice;
   const int lane = cutlass::arch::LaneId(), warp = threadIdx.x / 32;
-  float values[kValues];  // of a tile
+  float values[kValues];          // of a tile: the first at first, then the one that the last look ended with
 
   static __device__ __forceinline__ Selector of_row(const SelectionParams& p, SharedMemory& shared, uint16_t* flags,
                                                     int32_t most_tiles, int32_t length) {
@@ -169,12 +171,20 @@ struct Selector {
     return has_two ? 2 * owner + (said & 1) : owner;
   }
 
-  // From the slices' histograms, at the how many-th look; `before` it.
-  __device__ __forceinline__ Found find(int look, const Found& before) {
+  // By one thread, before each find().
+  __device__ __forceinline__ void expect_find() const {
+    if constexpr (kCtas > 1) {
+      shared.coarse_full.arrive_and_expect_tx(kCtas * kCoarse * sizeof(int32_t));
+      shared.fine_full.arrive_and_expect_tx(kCtas * kFine * sizeof(int32_t));
+    }
+  }
+
+  // From the slices' histograms, at the how many-th look; `last` is what the one before found.
+  __device__ __forceinline__ Found find(int look, const Found& last) {
     __syncthreads();
     const int4 bins = *reinterpret_cast<const int4*>(&shared.histogram[threadIdx.x * kEach]);
-    if constexpr (kCtas == 1) return find_alone(bins, before.above);
-    else return find_together(bins, look, before);
+    if constexpr (kCtas == 1) return find_alone(bins, last.above);
+    else return find_together(bins, look, last);
   }
 
   __device__ __forceinline__ Found find_alone(const int4& bins, int32_t above) {
@@ -193,7 +203,7 @@ struct Selector {
     return shared.found;
   }
 
-  __device__ __forceinline__ Found find_together(const int4& bins, int look, const Found& before) {
+  __device__ __forceinline__ Found find_together(const int4& bins, int look, const Found& last) {
     const int coarse = threadIdx.x / kThreadsOfCoarse, part = threadIdx.x % kThreadsOfCoarse;
     int32_t sum = bins.x + bins.y + bins.z + bins.w;
 #pragma unroll
@@ -208,7 +218,7 @@ struct Selector {
     for (int d = 1; d < min(kCtas, kThreadsOfCoarse); d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
     if (part == 0) shared.coarse[coarse] = sum;
     __syncthreads();
-    Found found = before;
+    Found found = last;
     const int2 pair = *reinterpret_cast<const int2*>(&shared.coarse[2 * lane]);
     const int coarse_bin = find_among(pair.x, pair.y, true, found.above), first = coarse_bin * kFine;
     const int32_t here = shared.histogram[first + lane];
@@ -220,7 +230,7 @@ struct Selector {
     const int bin = find_among(all, 0, false, found.above);
     found.bin = first + bin;
     found.size = __shfl_sync(~0u, all, bin);
-    found.before = __reduce_add_sync(~0u, lane < rank ? shared.fine_of_rank[lane][bin] : 0);
+    found.candidates_before = __reduce_add_sync(~0u, lane < rank ? shared.fine_of_rank[lane][bin] : 0);
     int32_t better = lane < bin ? here : 0;
     for (int i = lane; i < coarse_bin; i += 32) better += shared.coarse_of_rank[rank][i];
     found.above_here += __reduce_add_sync(~0u, better);
@@ -231,7 +241,7 @@ struct Selector {
   // To all CTAs of the row.
   __device__ __forceinline__ void add_candidate(const Found& found, float value, int32_t index) {
     const Candidate candidate = candidate_of(key_of(value), index);
-    const int32_t place = found.before + atomicAdd(&shared.taken, 1);
+    const int32_t place = found.candidates_before + atomicAdd(&shared.taken, 1);
     if constexpr (kCtas == 1) {
       shared.candidates[place] = candidate;
     } else {
@@ -296,7 +306,7 @@ struct Selector {
       if (lane == 0 && better < p.k) {
         const int32_t place = index_of(mine) - slice.begin;
         if (place < 0) {
-          atomicAdd(&shared.before, 1);
+          atomicAdd(&shared.chosen_before, 1);
         } else if (place < slice.size) {
           const int32_t warp_of_it = place / kWarpTile, thread = warp_of_it * 32 + place / 4 % 32;  // of all tiles'
           const int bit = place % kWarpTile / 128 * 4 + place % 4 + thread % 2 * 16;
@@ -311,7 +321,7 @@ struct Selector {
   // The indices of what is flagged.
   __device__ __forceinline__ void write(int32_t* out) const {
     out = hopper::opaque(out);
-    uint32_t to = shared.before;
+    uint32_t to = shared.chosen_before;
     if constexpr (kCtas > 1) to += __reduce_add_sync(~0u, lane < rank ? shared.above_of_rank[lane] : 0);
     const int32_t count = tiles();
 #pragma unroll 1
@@ -357,14 +367,6 @@ struct Selector {
   }
 
   __device__ __forceinline__ Linear bins_of_sample();
-  // By one thread, before each find().
-  __device__ __forceinline__ void expect_find() const {
-    if constexpr (kCtas > 1) {
-      shared.coarse_full.arrive_and_expect_tx(kCtas * kCoarse * sizeof(int32_t));
-      shared.fine_full.arrive_and_expect_tx(kCtas * kFine * sizeof(int32_t));
-    }
-  }
-
   template <typename IsIn>
   __device__ __forceinline__ void narrow(Range& range, const IsIn& is_in);
   __device__ __forceinline__ void run_further();
