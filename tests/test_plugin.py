@@ -2,6 +2,7 @@
 """The plugin in a real vLLM, without a GPU: its platform says Hopper, and tensors are on the CPU."""
 
 import contextlib
+import gc
 import functools
 import inspect
 import logging
@@ -992,11 +993,15 @@ if HANDED_OVER:
         refused = make_builder(other, make_spec(), add_cache(other))
         of_first = f"the plugin's, of {first} tokens" if first else "vLLM's"
         assert refused.refusal == (
-            f"its top-k would be the plugin's, of 64 tokens, and is {of_first} for a model before it in this process"
+            f"its top-k would be the plugin's, of 64 tokens, and is {of_first} for another model in this process"
         )
         assert kept.refusal is None and refused.refusal in log(logging.WARNING)[-1]
         assert wrappers.steps.k == backend.report()["topk"] == first
         assert make_builder(config, make_spec(), add_cache(config)).refusal is None
+        del kept, refused
+        gc.collect()
+        assert make_builder(other, make_spec(), add_cache(other)).refusal is None
+        assert wrappers.steps.k == 64
 
     def test_a_topk_with_other_parameters_leaves_vllm_untouched(
         hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch

@@ -72,8 +72,9 @@ def _config_refusal(builder: type, vllm_config: Any) -> str | None:
     if unknown := caches.difference(seams.CACHES):
         return f"the model's indexer cache is one that this version does not know: {', '.join(sorted(unknown))}"
     k = seams.tokens_to_select(vllm_config)
-    if wrappers.steps.k not in (None, k):
-        return f"its top-k would be {_topk_of(k)}, and is {_topk_of(wrappers.steps.k)} for a model before it in this process"
+    in_use = wrappers.steps.k if any(builder.refusal is None for builder in _builders) else k
+    if in_use != k:
+        return f"its top-k would be {_topk_of(k)}, and is {_topk_of(in_use)} for another model in this process"
     return None
 
 
@@ -320,7 +321,7 @@ def report() -> dict[str, Any]:
         "layers": sorted({name for builder in native for name in builder.layer_names}),
         "builders": len(native),
         "num_speculative_tokens": max((builder.num_speculative_tokens for builder in native), default=None),
-        "topk": (wrappers.steps.k or 0) if native else 0,
+        "topk": wrappers.steps.k if native else 0,
         "launches": {str(next_n): count for next_n, count in ops.launch_counts().items()} if native else {},
         "versions": {"vllm_mqa_sm90": machine.version(), "vllm": seams.vllm_version(), "torch": str(torch.__version__)},
     }

@@ -31,11 +31,11 @@ class Steps:
 
     Attributes:
         max_rows: most query rows of a request.
-        k: tokens of a row that our top-k selects, and the plans' k; 0: vLLM's top-k selects; None: no builder yet.
+        k: tokens of a row that our top-k selects, and the plans' k; 0: vLLM's top-k selects, or there is no builder.
     """
 
     max_rows: int = 1
-    k: int | None = None
+    k: int = 0
 
 
 steps = Steps()
@@ -90,7 +90,7 @@ def logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if schedule_metadata.shape[1] not in plan_columns:
             return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
         ragged = ops.is_ragged(schedule_metadata)
-        k = steps.k or 0
+        k = steps.k
         result = ops.paged_mqa_logits(
             q[0],
             kv_cache,
