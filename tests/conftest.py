@@ -12,6 +12,11 @@ def has_sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=float, default=60, metavar="SECONDS", help="of random whole steps on a GPU (default: 60)")
+    parser.addoption("--soak-seed", type=int, metavar="N", help="of the first of them (default: any)")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without an SM90 GPU, tests that need one are deselected (and counted so), never passed."""
     if has_sm90():
