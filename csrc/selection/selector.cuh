@@ -17,8 +17,8 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kQuads = 4, kValues = 4 * kQuads;
 constexpr int kWarpTile = 32 * kValues, kTile = kWarps * kWarpTile;
 constexpr int kCandidates = 128;
-constexpr int kManyOfWarp = 64;                // chosen of kWarpTile: more are written bit by bit
-constexpr int kMaxCtas = 16;                   // of a cluster
+constexpr int kManyOfWarp = 64;  // chosen of kWarpTile: more are written by a look at each bit
+constexpr int kMaxCtas = 16;     // of a cluster
 constexpr int kCoarse = 64, kFine = kBins / kCoarse;
 constexpr int kEach = kBins / kThreads, kThreadsOfCoarse = kFine / kEach;
 static_assert(kCoarse == 64 && kFine == 32 && kThreadsOfCoarse == 8 && kMaxCtas == kWarps && kValues == 16);
@@ -26,23 +26,23 @@ static_assert(kCoarse == 64 && kFine == 32 && kThreadsOfCoarse == 8 && kMaxCtas 
 // In which bin the row's k-th largest logit is.
 struct Found {
   int32_t bin;
-  int32_t above;       // logits in better bins, at all looks so far
-  int32_t above_here;  // of them, those of this slice
-  int32_t size;        // logits in the bin
+  int32_t above;              // logits in better bins, at all looks so far
+  int32_t above_here;         // of them, those of this slice
+  int32_t size;               // logits in the bin
   int32_t candidates_before;  // of them, those in slices before this one
 };
 
 struct SharedMemory {
   alignas(16) int32_t histogram[kBins];             // of the slice
-  alignas(16) int32_t coarse_of_rank[kMaxCtas][kCoarse + 4];  // sums of kFine bins; the 4 spread over banks what is summed
-  alignas(16) int32_t coarse[kCoarse];              // of the row
+  int32_t coarse_of_rank[kMaxCtas][kCoarse + 4];    // sums of kFine bins; 4 more part what is summed from other banks
+  alignas(8) int32_t coarse[kCoarse];               // of the row
   int32_t fine_of_rank[kMaxCtas][kFine];            // the bins of one of `coarse`
-  alignas(16) Candidate candidates[kCandidates];    // of the row
+  Candidate candidates[kCandidates];                // of the row
   int32_t above_of_rank[kMaxCtas];
   uint2 range_of_warp[kWarps];                      // keys of the sample
   Found found;
-  Linear bins;
-  int32_t of_warp[kWarps];                          // sums
+  Linear bins;                                      // for look_further
+  int32_t of_warp[kWarps];                          // sums of bins
   uint32_t low_key, high_key;
   int32_t taken;                                    // candidates of this CTA
   int32_t chosen_before;                            // candidates that are chosen, in slices before this one
@@ -143,7 +143,8 @@ struct Selector {
   }
 
   // Calls visit(tile, quad) with each in the registers, and end(tile). Begins with the tile that is there, and so alternates:
-  // the next look goes the other way. A quad that was visited makes room for the next tile's.
+  // the next look goes the other way. kAhead: a quad that was visited makes room for the next tile's at once; without, tiles
+  // are waited for, which takes fewer registers.
   template <bool kForward, bool kAhead = true, typename Visit, typename End>
   __device__ __forceinline__ void look(const Visit& visit, const End& end) {
     const int32_t last = tiles() - 1;
