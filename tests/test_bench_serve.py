@@ -3,7 +3,6 @@
 
 import gzip
 import importlib.util
-import io
 import json
 import os
 import re
@@ -11,22 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from rich.console import Console
-from rich.table import Table
 
 from vllm_mqa_sm90 import checkpoint, cli, machine, server
 from vllm_mqa_sm90.bench import serve
 from vllm_mqa_sm90.bench.serve import clients, trace, workloads
 from vllm_mqa_sm90.bench.serve import kept as serve_kept
-from vllm_mqa_sm90.bench.serve import plot as serve_plot
 from vllm_mqa_sm90.bench.serve import run as serve_run
-from vllm_mqa_sm90.bench.serve.report import Configuration, Measurement, Profiled, Report, notes, profile_table, table
-from vllm_mqa_sm90.bench.serve.trace import FAMILIES, Profile
+from vllm_mqa_sm90.bench.serve.report import Configuration, Report
+from vllm_mqa_sm90.bench.serve.trace import FAMILIES
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
 
@@ -61,6 +56,11 @@ def test_workload_reads_and_writes(text: str, workload: Workload, requests: int,
 def test_other_workloads_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected CONCURRENCYxCONTEXT, .* given " + re.escape(repr(text))):
         Workload.parse(text)
+
+
+def test_workloads_by_context() -> None:
+    words = "1xshort", "8x1024", "32x1024", "1x8192", "8x1024:cached", "1x8192:cached"
+    assert [str(each) for each in sorted(map(Workload.parse, words[::-1]), key=lambda each: each.order)] == list(words)
 
 
 def test_default_workloads() -> None:
@@ -244,120 +244,6 @@ def test_launches_by_hand() -> None:
     assert trace.by_family(found) == dict.fromkeys((*FAMILIES, "other"), 0) | {"index logits": 9, "other": 36}
 
 
-# Reports.
-
-
-def measured(side: str, k: int, tokens_per_s: float, workload: str = "4x1024:cached") -> Measurement:
-    times = 123.4, 12.34, 5.678
-    accepted = 0.7 if k else None, [0.8, 0.6][:k]
-    return Measurement(side, k, workload, *times, tokens_per_s, *accepted, "2026-01-01", {}, [tokens_per_s])
-
-
-def profiled(side: str, k: int) -> Profiled:
-    families = dict.fromkeys((*FAMILIES, "other"), 100.0) | {"index logits": 300.0}
-    return Profiled(side, k, "4x1024:cached", "2026-01-01", Profile(20, 1200.0, 1080.0, families, {"add": 3.0}))
-
-
-@pytest.fixture
-def report() -> Report:
-    found = Report("model", [GPU], {"vllm": "0.26.0"}, "2026-01-01T00:00:00", "bench serve", ["--x", "1"], [0.813, 0.63])
-    figures = ("stock", 0, 200.0), ("plugin", 0, 204.0), ("plugin", 2, 459.0), ("stock", 2, 300.0), ("stock", 1, 310.0)
-    found.measurements = [measured(*each) for each in figures] + [measured("plugin", 2, 50.0, "1xshort")]
-    found.profiles = [profiled("plugin", 2), profiled("stock", 2)]
-    found.failures = {"plugin k=1": "the server ended"}
-    return found
-
-
-def shown(report: Report, table: Callable[[Report], Table] = table) -> str:
-    console = Console(file=io.StringIO(), width=80)
-    console.print(table(report))
-    return console.file.getvalue()
-
-
-def test_ratios(report: Report, tmp_path: Path) -> None:
-    report.write(tmp_path / "serve.json")
-    entries = json.loads((tmp_path / "serve.json").read_text())["measurements"]
-    assert [(each["over_no_mtp"], each["over_stock"]) for each in entries] == [
-        (1, 1), (1, 1.02), (459 / 204, 1.53), (1.5, 1), (1.55, 1), (None, None),
-    ]  # fmt: skip
-    assert Report.read(tmp_path / "serve.json") == report
-
-
-def test_table(report: Report) -> None:
-    lines = [" ".join(line.split()) for line in shown(report).splitlines()]
-    assert lines[3:8] == [
-        "4x1024:cached stock k=0 123 12.34 5.68 200 - - 1.00 1.00",
-        "plugin k=0 123 12.34 5.68 204 - - 1.00 1.02",
-        "stock k=1 123 12.34 5.68 310 70.0 80 1.55 1.00",
-        "stock k=2 123 12.34 5.68 300 70.0 80 60 1.50 1.00",
-        "plugin k=2 123 12.34 5.68 459 70.0 80 60 2.25 1.53",
-    ]
-    assert lines[9] == "1xshort plugin k=2 123 12.34 5.68 50 70.0 80 60 - -"
-
-
-def test_longest_table_is_as_wide_as_a_terminal(report: Report) -> None:
-    longest = Measurement("plugin", 3, "8x131072:cached", 99999.0, 99.99, 99.99, 99999.0, 1.0, [1.0, 0.95, 0.9], "", {}, [1.0])
-    report.measurements = [longest]
-    assert "…" not in shown(report)
-
-
-def test_profile_table(report: Report) -> None:
-    report.measurements[3].itl_ms = 1.2
-    report.profiles.append(profiled("stock", 3))  # was not measured
-    lines = [" ".join(line.split()) for line in shown(report, profile_table).splitlines()]
-    assert lines[3:6] == [
-        "4x1024:cached stock k=2 1.08 90 300 25",
-        "plugin k=2 1.08 9 300 2",
-        "stock k=3 1.08 - 300 -",
-    ]
-
-
-def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
-    assert report.setting == "NVIDIA H100, driver 580.1; vllm 0.26.0; 2026-01-01"
-    synthetic = "acceptance is NOT the model's: vLLM's synthetic one, set to 0.813, 0.63"
-    assert report.conditions == f"model with --x 1; {synthetic}"
-    assert notes(report) == ["plugin k=1 failed: the server ended"]
-    report.measurements[1].runs, report.measurements[2].runs = [204.0, 203.0, 206.0], [447.5, 465.9, 459.0]
-    assert notes(report)[0] == "cached prompts: the middle of 3 runs, at most 4.0% apart (4x1024:cached, plugin k=2)"
-    report.acceptance, report.gpus = None, [GPU, GPU]
-    assert report.conditions == "model with --x 1; acceptance is that of the model's own drafts"
-    assert report.setting.startswith("NVIDIA H100 (2 visible), driver ")
-
-
-def test_middle_run() -> None:
-    runs = [measured("stock", 2, tokens_per_s) for tokens_per_s in (90.0, 70.0, 100.0)]
-    middle = Measurement.middle(runs)
-    assert (middle.tokens_per_s, middle.runs, middle.spread) == (90, [90, 70, 100], 1 / 3)
-    assert Measurement.middle(runs[:1]) == runs[0]
-
-
-def test_plots(report: Report, tmp_path: Path) -> None:
-    report.measurements.append(measured("stock", 0, 150.0, "4x8192:cached"))
-    names = ["serve.png", "serve.svg", "serve-steps.png", "serve-steps.svg"]
-    assert [path.name for path in serve_plot.draw(report, tmp_path)] == names
-    for name in ("serve", "serve-steps"):
-        assert imread(tmp_path / f"{name}.png").shape[0] > 300
-        assert "set to 0.813, 0.63" in svg_text(tmp_path / f"{name}.svg")
-    assert "4 at once, prompts in the prefix cache" in svg_text(tmp_path / "serve.svg")
-    assert "9% of\nstep" in svg_text(tmp_path / "serve-steps.svg")
-
-
-def svg_text(path: Path) -> str:
-    """What an SVG's texts are: matplotlib draws them as paths, with the text in a comment."""
-    return "\n".join(re.findall("<!-- (.*?) -->", path.read_text(), re.DOTALL))
-
-
-def test_nothing_to_draw(report: Report, tmp_path: Path) -> None:
-    report.measurements, report.profiles = report.measurements[-1:], []
-    assert serve_plot.draw(report, tmp_path) == []
-
-
-def test_plots_are_drawn_again(report: Report, tmp_path: Path) -> None:
-    report.write(tmp_path / "serve.json")
-    subprocess.run([sys.executable, "-m", "vllm_mqa_sm90.bench.serve.plot", str(tmp_path)], check=True)
-    assert imread(tmp_path / "serve-steps.png").shape[0] > 300
-
-
 # Whole runs against the stand-ins.
 
 
@@ -428,13 +314,18 @@ def test_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert content["profiles"][0]["profile"]["families"]["index logits"] == 30
     assert content["acceptance"] == [0.813, 0.63]
+    assert [(each["workload"], each["side"], each["k"], each["over_stock"]) for each in content["best"]] == [
+        (workload, side, 2, 1) for side in ("stock", "plugin") for workload in ("4x1024:cached", "2x8192")
+    ]
     assert content["command"] == (
         f"vllm-mqa-sm90 bench serve {world.model} -k 0,2 --workload 4x1024:cached --workload 2x8192 --profile "
         "-- --max-num-seqs 8"
     )
     captured = capsys.readouterr()
     assert "synthetic one, set to 0.813, 0.63" in captured.out
-    assert "plugin k=2 20 12.00 5.00 310 70.0 80 60 2.82 1.03" in " ".join(captured.out.split())
+    shown = " ".join(captured.out.split())
+    assert "plugin k=2 20 12.00 5.00 310 70.0 80 60 2.82 1.03" in shown
+    assert "plugin 83.3 200 2 1.00" in shown
     assert "4x1024:cached, plugin k=2, profile: 2 steps profiled (about a minute left)\n" in captured.err
     assert "4x1024:cached, stock k=0: 100 tok/s (about a minute left)" in captured.err
     assert imread(world.output / "serve.png").shape[0] > 300

@@ -20,7 +20,7 @@ from vllm_mqa_sm90 import checkpoint, machine, stopping
 from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.serve import workloads
 from vllm_mqa_sm90.bench.serve.kept import Job, Kept
-from vllm_mqa_sm90.bench.serve.report import SIDES, Configuration, Report, notes, profile_table, table
+from vllm_mqa_sm90.bench.serve.report import SIDES, Configuration, Report, best_table, notes, profile_table, table
 from vllm_mqa_sm90.bench.serve.run import Run
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.server import seconds
@@ -172,7 +172,11 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         reason = f"interrupted, the server is stopped; {args.output} keeps what was measured: the same command goes on"
         return _stop(reason, status=130)
-    tables = [table(report), profile_table(report)] if report.profiles else [table(report)]
+    tables = [table(report)]
+    if len({each.k for each in report.measurements}) > 1:
+        tables.append(best_table(report))
+    if report.profiles:
+        tables.append(profile_table(report))
     output.show(report, tables, notes(report))
     output.draw(report, args.output, "serve.plot", "serve.json", "the plots")
     return 1 if report.failures else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,6 +92,19 @@ class Measurement:
         return replace(middle, runs=[run.tokens_per_s for run in runs])
 
     @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a decode step gives a request: its own and the accepted drafts."""
+        return 1 + sum(self.accepted_at)
+
+    @property
+    def request_tokens_per_s(self) -> float:
+        """Tokens a second of one request while it decodes, by ITL and acceptance.
+
+        `tokens_per_s` counts prefill and the ends of a run too, and scatters with them.
+        """
+        return 1e3 * self.tokens_per_step / self.itl_ms
+
+    @property
     def spread(self) -> float:
         """How far apart the runs are, over the middle one."""
         return (max(self.runs) - min(self.runs)) / self.tokens_per_s
@@ -141,22 +154,43 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As JSON, each measurement with its ratios."""
+        """As JSON, each measurement with what follows from it, and the best number of speculative tokens of each workload."""
         content = asdict(self)
         for measurement, entry in zip(self.measurements, content["measurements"], strict=True):
-            entry["over_no_mtp"] = self.over_no_mtp(measurement)
-            entry["over_stock"] = self.over_stock(measurement)
+            entry |= {name: getattr(measurement, name) for name in ("tokens_per_step", "request_tokens_per_s")}
+            entry |= {"over_no_mtp": self.over_no_mtp(measurement), "over_stock": self.over_stock(measurement)}
+        content["best"] = [
+            {
+                "workload": best.workload,
+                "side": best.side,
+                "k": best.k,
+                "request_tokens_per_s": best.request_tokens_per_s,
+                "over_stock": self.over_best_of_stock(best),
+            }
+            for best in self.best()
+        ]
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """What `write` wrote."""
-        content = json.loads(path.read_text())
-        for entry in content["measurements"]:
-            del entry["over_no_mtp"], entry["over_stock"]
-        measurements = [Measurement(**entry) for entry in content["measurements"]]
+        """What `write` wrote, this one or an older one; what follows from the rest is left out."""
+        content = _fields(cls, json.loads(path.read_text()))
+        measurements = [Measurement(**_fields(Measurement, entry)) for entry in content["measurements"]]
         profiles = [Profiled(**entry) for entry in content["profiles"]]
         return cls(**{**content, "measurements": measurements, "profiles": profiles})
+
+    def best(self) -> list[Measurement]:
+        """For each workload and side the number of speculative tokens with which a request decodes fastest, of those measured."""
+        found: dict[tuple[str, str], Measurement] = {}
+        for each in self.measurements:
+            at = each.workload, each.side
+            found[at] = max(found.get(at, each), each, key=lambda one: one.request_tokens_per_s)
+        return list(found.values())
+
+    def over_best_of_stock(self, best: Measurement) -> float | None:
+        """One of `best` over stock vLLM's for the workload, each at its own number; None where this is missing."""
+        stock = (each for each in self.best() if (each.workload, each.side) == (best.workload, STOCK))
+        return next((best.request_tokens_per_s / each.request_tokens_per_s for each in stock), None)
 
     def over_no_mtp(self, measurement: Measurement) -> float | None:
         """Tokens a second over the same side's without speculative tokens; None where these are missing."""
@@ -201,7 +235,7 @@ def table(report: Report) -> Table:
     """A line for each measurement, workload by workload."""
     # With the longest cells of k=3 just 80 wide.
     columns = "TTFT\nms", "ITL\nms", "TPOT\nms", "output\ntok/s", "acc.\n%", "by position\n%", "x no\nMTP", "x\nstock"
-    return _table(
+    result = _table(
         columns,
         report.measurements,
         lambda each: (
@@ -215,23 +249,46 @@ def table(report: Report) -> Table:
             _ratio(report.over_stock(each)),
         ),
     )
+    result.columns[-3].no_wrap = False  # more positions go on in a second line
+    return result
+
+
+def best_table(report: Report) -> Table:
+    """A line for each workload and side: tokens a second of a request with each number of speculative tokens, and the best."""
+    ks = sorted({each.k for each in report.measurements})
+    figures = {(each.workload, each.side, each.k): each.request_tokens_per_s for each in report.measurements}
+
+    def cells(best: Measurement) -> list[str]:
+        found = [figures.get((best.workload, best.side, k)) for k in ks]
+        return [*map(_three_digits, found), str(best.k), _ratio(report.over_best_of_stock(best))]
+
+    result = _table([*(f"k={k}" for k in ks), "best k", "x stock"], report.best(), cells, lambda best: best.side)
+    result.title = "tok/s of one request while it decodes: tokens of a step over ITL"
+    return result
 
 
 def profile_table(report: Report) -> Table:
-    """A line for each profile: GPU time of a decode step, and of its index logits; shares are those of the ITL."""
+    """A line for each profile: GPU time of a decode step, its index logits, its top-k; shares are those of the ITL."""
 
     def percent(each: Profiled, us: float) -> str:
         share = report.share_of_step(each, us)
         return "-" if share is None else f"{100 * share:.0f}"
 
     def cells(each: Profiled) -> tuple[str, ...]:
-        busy, logits = each.profile.busy_us, each.profile.families["index logits"]
-        return f"{busy / 1e3:.2f}", percent(each, busy), f"{logits:.0f}", percent(each, logits)
+        busy, logits, top_k = each.profile.busy_us, *map(each.profile.families.get, ("index logits", "top-k"))
+        times = f"{busy / 1e3:.2f}", f"{logits:.0f}", f"{top_k:.0f}"
+        return tuple(cell for time, us in zip(times, (busy, logits, top_k), strict=True) for cell in (time, percent(each, us)))
 
-    return _table(("GPU time\nms", "of step\n%", "index logits\nus", "of step\n%"), report.profiles, cells)
+    of_step = "of step\n%"
+    return _table(("GPU time\nms", of_step, "logits\nus", of_step, "top-k\nus", of_step), report.profiles, cells)
 
 
-def _table(columns: Sequence[str], found: Sequence[_Found], cells: Callable[[_Found], Sequence[str]]) -> Table:
+def _table(
+    columns: Sequence[str],
+    found: Sequence[_Found],
+    cells: Callable[[_Found], Sequence[str]],
+    server: Callable[[_Found], str] = lambda each: str(Configuration(each.side, each.k)),
+) -> Table:
     """Workloads in the order in which they first appear; in each, by k, stock first."""
     result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     result.add_column("workload", no_wrap=True)
@@ -244,13 +301,23 @@ def _table(columns: Sequence[str], found: Sequence[_Found], cells: Callable[[_Fo
         if each.workload != previous and previous:
             result.add_section()
         workload = each.workload if each.workload != previous else ""
-        result.add_row(workload, str(Configuration(each.side, each.k)), *cells(each))
+        result.add_row(workload, server(each), *cells(each))
         previous = each.workload
     return result
 
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _three_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.{1 if value < 100 else 0}f}"
+
+
+def _fields(of: type, content: dict[str, Any]) -> dict[str, Any]:
+    """What of `content` is a field of the dataclass."""
+    names = {each.name for each in fields(of)}
+    return {name: value for name, value in content.items() if name in names}
 
 
 def notes(report: Report) -> list[str]:

@@ -56,6 +56,11 @@ class Workload:
         return isinstance(self.content, int)
 
     @property
+    def order(self) -> tuple[bool, bool, str | int, int]:
+        """To sort by: text, new prompts, cached ones; in each by context, then by concurrency."""
+        return self.random, self.cached, self.content, self.concurrency
+
+    @property
     def output_tokens(self) -> int:
         """Tokens of an answer; at most, where the model may end it."""
         return _SHORT_TOKENS if self.content == SHORT else _DECODE_TOKENS if self.cached else _LONG_TOKENS
