@@ -29,7 +29,7 @@ def main() -> None:
     speculative = {"method": "mtp", "num_speculative_tokens": 2}
     if has_random_weights(Path(args.model)):
         # Random weights draft at random: vLLM accepts these shares of the drafts, whatever they are.
-        speculative |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": ACCEPTANCE_RATES}
+        speculative |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": ACCEPTANCE_RATES[:2]}
     llm = LLM(
         model=args.model,
         tensor_parallel_size=args.tensor_parallel_size,

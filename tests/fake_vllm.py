@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stands in for `vllm serve MODEL` and `vllm bench serve`, with their arguments and without a model.
 
-The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, on each of
-two engines. It always runs as many requests as --max-num-seqs lets it, and generates whenever it is asked for metrics.
+The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, or not at all,
+on each of two engines. It always runs as many requests as --max-num-seqs lets it, and generates whenever it is asked for metrics.
 With a profiler a client's requests take a while. The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
 
 Environment: FAKE_LOG, a file that gets a line for each process; FAKE_TROUBLE, "WHAT: PATTERN" makes what has
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
             lines.append(f'vllm:spec_decode_num_draft_tokens_total{{engine="{engine}"}} {200.0 * self.k * self.requests}')
             for position in range(self.k):
                 labels = f'engine="{engine}",position="{position}"'
-                accepted = (160.0 - 40 * position) * self.requests
+                accepted = max(0.0, 160.0 - 40 * position) * self.requests
                 lines.append(f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {accepted}")
         return "\n".join(lines) + "\n"
 

@@ -331,6 +331,16 @@ def test_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert imread(world.output / "serve.png").shape[0] > 300
 
 
+def test_as_many_speculative_tokens_as_a_group_has_room_for(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    status, content = world.run("--side", "plugin", "-k", "7", "--quick")
+    assert status == 0 and world.started()[0] == "serve require k=7"
+    assert content["acceptance"] == checkpoint.ACCEPTANCE_RATES and len(content["acceptance"]) == 7
+    assert content["measurements"][0]["accepted_at"] == [0.8, 0.6, 0.4, 0.2, 0, 0, 0]
+    assert "best k" not in capsys.readouterr().out  # there is nothing to choose from
+    _, content = world.run("--side", "plugin", "-k", "0", "--quick")
+    assert content["acceptance"] == [] and "nothing is drafted" in capsys.readouterr().out
+
+
 def test_server_and_client_get_what_they_need(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     commands, environments = [], []
     start = subprocess.Popen
@@ -648,7 +658,7 @@ def test_without_vllm(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-k", "0,3", "--quick"], "--acceptance: expected a rate for each of the 3 draft tokens of -k 0,3, given 0.8"),
+        (["-k", "0,3", "--acceptance", "0.8,0.6"], "expected a rate for each of the 3 draft tokens of -k 0,3, given 0.8"),
         (["-k", "2", "--acceptance", "0.9", "--quick"], "draft tokens of -k 2, given 0.9: add rates, or leave k=2 out"),
         (["--profile", "--workload", "2x8192"], "--profile: expected a :cached workload"),
         (["--", "--port", "80"], "--port: expected only what bench serve does not set itself after --, given --port"),
@@ -671,8 +681,8 @@ def test_what_cannot_be_measured_is_refused_at_once(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-k", "4"], "expected numbers from 0 to 3 with commas between, given '4'"),
-        (["-k", "1,,2"], "expected numbers from 0 to 3 with commas between, given '1,,2'"),
+        (["-k", "8"], "expected numbers from 0 to 7 with commas between, given '8'"),
+        (["-k", "1,,2"], "expected numbers from 0 to 7 with commas between, given '1,,2'"),
         (["--acceptance", "0.5,0.6"], "expected shares from 0 to 1, none above the one before, given '0.5,0.6'"),
         (["--acceptance", "1.5"], "expected shares from 0 to 1"),
         (["--acceptance", "nan"], "expected shares from 0 to 1"),
@@ -745,9 +755,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) -> None:
-    report = Report(str(model), [GPU], {}, "", "", ["--max-num-seqs", "8"], [0.813, 0.63, 0.5])
-    commands = []
-    for k in (0, 1, 2, 3):
+    report = Report(str(model), [GPU], {}, "", "", ["--max-num-seqs", "8"], checkpoint.ACCEPTANCE_RATES)
+    commands, ks = [], (0, 1, 2, 7)
+    for k in ks:
         words = serve_kept.server_arguments(Configuration("plugin", k), report)
         command = REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path))
         assert command[1:3] == ["-m", "vllm.entrypoints.cli.main"]
@@ -766,11 +776,11 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    for k, server_found in enumerate(found[:4]):
+    for k, server_found in zip(ks, found[:4], strict=True):
         assert server_found == {
             "port": 8123,
             "k": k,
-            "rates": [0.813, 0.63, 0.5][:k] or None,
+            "rates": checkpoint.ACCEPTANCE_RATES[:k] or None,
             "prefix_caching": True,
             "max_num_seqs": 8,
             "profiler": "torch",

@@ -39,9 +39,12 @@ _INCOMPLETE = ".incomplete"  # in a directory that is being written, or whose wr
 INDEX = "model.safetensors.index.json"
 RANDOM = "random"
 HEADS = ("lm_head.weight", "head.weight")
-# Shares of draft tokens that real models' MTP layers get accepted on short prompts, by position; on code completion
-# 0.953, 0.834. For vLLM's synthetic acceptance: the drafts of random weights mean nothing.
-ACCEPTANCE_RATES = [0.813, 0.63]
+# Shares of drafts accepted up to each position, for vLLM's synthetic acceptance: the drafts of random weights mean nothing.
+# The first two are those of real models' MTP layers on short prompts; on code completion 0.953, 0.834. The others assume
+# that from there on acceptance falls as GLM-5.2's does, whose mean acceptance length is published for each number of
+# drafts (https://github.com/SemiAnalysisAI/InferenceX/pull/2460: 1.84, 2.5, 2.99, 3.33, 3.61, 3.78, 3.91 for 1 to 7): what
+# draft i adds to it is the share accepted up to i, and 0.63 goes on as 0.66, 0.49, 0.34, 0.28, 0.17, 0.13 do.
+ACCEPTANCE_RATES = [0.813, 0.63, 0.468, 0.325, 0.267, 0.162, 0.124]
 SPECIAL_TOKENS = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",

@@ -175,7 +175,7 @@ def _prove(console: Console, before: dict[str, Any], after: dict[str, Any], acce
     )
     console.print(table)
     console.print(
-        f"Random weights draft at random: acceptance is vLLM's synthetic one, set to {checkpoint.ACCEPTANCE_RATES}. "
+        f"Random weights draft at random: acceptance is vLLM's synthetic one, set to {checkpoint.ACCEPTANCE_RATES[:SPECULATIVE_TOKENS]}. "
         "Launches are counted on the GPU, so CUDA-graph replays count too; "
         "those at next_n=1 are the MTP layer's, which drafts its second token alone."
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-mqa-sm90 bench serve`: what 0 to 3 speculative tokens give, with stock vLLM and with the plugin.
+"""`vllm-mqa-sm90 bench serve`: what 0 to 7 speculative tokens give, with stock vLLM and with the plugin.
 
 For each configuration a `vllm serve` of its own, asked by vLLM's own client, `vllm bench serve`.
 What is measured is kept under --output, and not measured again.
@@ -24,9 +24,10 @@ from vllm_mqa_sm90.bench.serve.report import SIDES, Configuration, Report, best_
 from vllm_mqa_sm90.bench.serve.run import Run
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.server import seconds
+from vllm_mqa_sm90.sizes import MAX_NEXT_N
 
 _DEFAULT_KS = (0, 1, 2)
-_MAX_K = 3  # plots have a colour for each
+_MAX_K = MAX_NEXT_N - 1  # with more a request's rows are no longer one group
 # Of vllm serve. With another name for the model the client would not find it.
 _OURS = ("--host", "--port", "--served-model-name", "--speculative-config", "--profiler-config")
 _DEFAULT_OUTPUT = Path("bench-serve")
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     """Adds `serve` to the benchmarks."""
     parser = subparsers.add_parser(
         "serve",
-        help="vllm serve with 0 to 3 speculative tokens, stock and with the plugin",
+        help=f"vllm serve with 0 to {_MAX_K} speculative tokens, stock and with the plugin",
         usage="%(prog)s [options] MODEL [-- VLLM_ARGUMENT ...]",
         description="Starts a vllm serve for each configuration and measures it with vllm bench serve. What follows -- "
         "goes to vllm serve, such as --tensor-parallel-size 8. Exit status: 0 all measured, 1 no GPU of compute "
@@ -67,7 +68,8 @@ def add_parser(subparsers: Any) -> None:
         type=_rates,
         metavar="RATE,...",
         help="vLLM's synthetic acceptance: the share of drafts accepted up to each position (default: with the random "
-        f"weights of make-checkpoint {_joined(checkpoint.ACCEPTANCE_RATES)}, else none)",
+        f"weights of make-checkpoint {_joined(checkpoint.ACCEPTANCE_RATES)}, of which the first two are those of real models "
+        "on short prompts and the others assume that acceptance falls on as GLM-5.2's does; else none)",
     )
     parser.add_argument(
         "--profile", action="store_true", help="also profile decode steps of each :cached workload, by family of kernels"
@@ -157,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
         date=output.now(),
         command=_command(args),
         vllm_arguments=args.vllm_arguments,
-        acceptance=None if acceptance is None else list(acceptance),
+        acceptance=None if acceptance is None else list(acceptance[: max(args.k)]),
     )
     configurations = [Configuration(side, k) for k in args.k for side in SIDES if args.side in (None, side)]
     jobs = [

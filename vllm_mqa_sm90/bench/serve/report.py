@@ -136,7 +136,8 @@ class Report:
         date: of the report, ISO 8601, UTC; each measurement has its own.
         command: what measures the same.
         vllm_arguments: passed on to `vllm serve`.
-        acceptance: the rates that vLLM's synthetic acceptance is set to; None: drafts are the model's.
+        acceptance: the rates that vLLM's synthetic acceptance is set to, up to the last position that is drafted (older
+            reports: or beyond); None: drafts are the model's.
         measurements: what was measured.
         profiles: with --profile.
         failures: why something was not measured, by what it was.
@@ -227,6 +228,8 @@ class Report:
         arguments = f" with {' '.join(self.vllm_arguments)}" if self.vllm_arguments else ""
         if self.acceptance is None:
             return f"{self.model}{arguments}; acceptance is that of the model's own drafts"
+        if not self.acceptance:
+            return f"{self.model}{arguments}; nothing is drafted"
         rates = ", ".join(f"{rate:g}" for rate in self.acceptance)
         return f"{self.model}{arguments}; acceptance is NOT the model's: vLLM's synthetic one, set to {rates}"
 
