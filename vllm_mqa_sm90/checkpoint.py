@@ -41,9 +41,10 @@ RANDOM = "random"
 HEADS = ("lm_head.weight", "head.weight")
 # Shares of drafts accepted up to each position, for vLLM's synthetic acceptance: the drafts of random weights mean nothing.
 # The first two are those of real models' MTP layers on short prompts; on code completion 0.953, 0.834. The others assume
-# that from there on acceptance falls as GLM-5.2's does, whose mean acceptance length is published for each number of
-# drafts (https://github.com/SemiAnalysisAI/InferenceX/pull/2460: 1.84, 2.5, 2.99, 3.33, 3.61, 3.78, 3.91 for 1 to 7): what
-# draft i adds to it is the share accepted up to i, and 0.63 goes on as 0.66, 0.49, 0.34, 0.28, 0.17, 0.13 do.
+# that from there on acceptance falls as GLM-5.2's does on code with thinking, for which mean acceptance lengths are quoted:
+# 1.84, 2.5, 2.99, 3.33, 3.61, 3.78, 3.91 for 1 to 7 drafts (that for 3 is in
+# https://github.com/SemiAnalysisAI/InferenceX/pull/2460). What draft i adds to the length is the share accepted up to i,
+# and 0.63 goes on as 0.66, 0.49, 0.34, 0.28, 0.17, 0.13 do.
 ACCEPTANCE_RATES = [0.813, 0.63, 0.468, 0.325, 0.267, 0.162, 0.124]
 SPECIAL_TOKENS = (
     "<｜begin▁of▁sentence｜>",
