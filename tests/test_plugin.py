@@ -345,7 +345,7 @@ def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[
     step = make_step(context, [next_n] * 4)
     decode = builder.build(0, step).decode
 
-    assert builder.use_flattening is False
+    assert not ops.is_ragged(decode.schedule_metadata)
     assert decode.seq_lens.tolist() == [[length - next_n + 1 + row for row in range(next_n)] for length in context]
     assert decode.seq_lens.is_contiguous() and decode.seq_lens.dtype == torch.int32
     assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
@@ -625,6 +625,44 @@ def test_compressed_cache_of_v4(schedules: list[Any]) -> None:
     shares = ragged.schedule_metadata.view(-1, 4)[1 : ops.plan_shape(NUM_SMS)[0]]
     assert shares[:, 2].sum() == 16 + 1
     assert groups_of(ragged.schedule_metadata) == [[0, 3, 0], [3, 1, 1]]
+
+
+def fields_of(metadata: Any) -> dict[str, Any]:
+    """Of a step's metadata, those of its decode part among them, tensors as lists."""
+    found = {**vars(metadata), **{f"decode.{name}": value for name, value in vars(metadata.decode).items()}, "decode": None}
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("compression", [1, 4])
+@pytest.mark.parametrize("query", range(1, ops.MAX_NEXT_N + 1))
+def test_uniform_steps_are_what_vllms_native_path_makes(
+    schedules: list[Any], monkeypatch: pytest.MonkeyPatch, query: int, compression: int
+) -> None:
+    """Where all requests decode, vLLM is not asked whether they do so uniformly, which takes it longer than our builder."""
+    config = make_config(max(2, query - 1))
+    if compression == 1:
+        layer, spec = add_cache(config), make_spec()
+    else:
+        layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
+        spec = make_spec(block_size=256, compression=compression)
+    builder = make_builder(config, spec, layer)
+    step = make_step([4000, 258, query, 100], [query] * 4)
+    split, asked = seams.resolve(f"{seams.INDEXER}:split_decodes_and_prefills"), []
+
+    def split_decodes_and_prefills(*args: Any, require_uniform: bool, **options: Any) -> Any:
+        asked.append(require_uniform)
+        return split(*args, require_uniform=require_uniform, **options)
+
+    monkeypatch.setattr(sys.modules[seams.INDEXER], "split_decodes_and_prefills", split_decodes_and_prefills)
+
+    def choose_native(step: Any) -> None:
+        builder.use_flattening = builder._ragged = False
+
+    with without_slot_mapping():
+        built = fields_of(builder.build(0, step))
+        monkeypatch.setattr(builder, "_choose_path", choose_native)
+        assert fields_of(builder.build(0, step)) == built
+    assert asked == [query == 1, True]
 
 
 def test_cudagraphs_hold_uniform_batches(schedules: list[Any]) -> None:

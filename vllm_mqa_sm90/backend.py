@@ -145,9 +145,7 @@ def make_backend() -> type:
                 self._look_at_caches()
             if self.refusal is not None:
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
-            # vLLM's native path is for uniform steps: of others, all requests after the first ones of equal
-            # length go through the prefill logits, which gather their whole contexts.
-            self.use_flattening = self._always_ragged or self._is_ragged(common_attn_metadata)
+            self._choose_path(common_attn_metadata)
             self._query_start_loc = common_attn_metadata.query_start_loc
             with wrappers.as_builder(self):
                 metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -172,15 +170,26 @@ def make_backend() -> type:
                 _refuse(self.refusal)
             self._caches_seen = True
 
-        def _is_ragged(self, step: Any) -> bool:
+        def _choose_path(self, step: Any) -> None:
+            """Whether a step is ragged, and which of vLLM's paths leads to it.
+
+            The native one is for uniform steps: of others, all requests after the first ones of equal length go through
+            the prefill logits, which gather their whole contexts. So ragged steps take the flattening one, which asks
+            nothing of a step; and, to be done sooner, those whose requests all decode equally many tokens.
+            """
+            starts, each = step.query_start_loc_cpu.numpy(), step.max_query_len
+            if starts[-1] == step.num_actual_tokens == step.num_reqs * each:  # all bring the most that any does
+                self._ragged = self._always_ragged
+                self.use_flattening = self._ragged or 1 < each <= self.num_speculative_tokens + 1
+            else:
+                self.use_flattening = self._ragged = self._always_ragged or self._is_ragged(step, starts)
+
+        def _is_ragged(self, step: Any, starts: np.ndarray) -> bool:
             """Whether a step's decode requests, which come first, bring unequal numbers of query tokens.
 
             Requests without any after the last one with some are a CUDA graph's padding: in a uniform step
             they have rows like the others, and in one whose rows are padded otherwise, which is ragged, none.
             """
-            starts = step.query_start_loc_cpu.numpy()
-            if starts[-1] == step.num_actual_tokens == step.num_reqs * step.max_query_len:
-                return False  # all bring the most that any does
             counts = starts[1:] - starts[:-1]
             longer = counts > self.num_speculative_tokens + 1
             decodes, tokens = len(counts), step.num_actual_tokens
@@ -213,6 +222,8 @@ def make_backend() -> type:
             says which rows are a request's is on the device, and a CUDA graph's steps may differ in it. No length is
             negative, as the top-k kernels after ours read them as unsigned.
             """
+            if self.refusal is None:
+                use_native = not self._ragged
             if self.refusal is not None or (use_native and next_n == 1):
                 return super()._prepare_decode_tensors(
                     seq_lens=seq_lens,
@@ -244,7 +255,7 @@ def make_backend() -> type:
             if self.refusal is not None or decode is None:
                 return super().update_draft_decode_metadata(metadata)
             # Whatever was built since: this step's kind, and a row for each request.
-            self.use_flattening = ops.is_ragged(decode.schedule_metadata)
+            self._ragged = ops.is_ragged(decode.schedule_metadata)
             self._query_start_loc = self.arange_buffer[: metadata.num_decode_tokens + 1]
             with wrappers.as_builder(self):
                 return super().update_draft_decode_metadata(metadata)
@@ -257,7 +268,7 @@ def make_backend() -> type:
             for a uniform step that has no token now (an empty micro-batch, from 0.30 on).
             """
             options = {"padded": True, "k": wrappers.steps.k}
-            if self.use_flattening:
+            if self._ragged:
                 rows = ops.plan_shape(self.num_sms, len(context_lens))[0]
                 self.scheduler_metadata_buffer = plan = self._ragged_plans[:rows]
                 max_rows = self.num_speculative_tokens + 1
