@@ -128,7 +128,7 @@ def comparing(ours: Any) -> Any:
             max_model_len=max_model_len,
             **options,
         )
-        computed = longest_of_requests(requests, lengths)[requests] > (wrappers.steps.k or 0)
+        computed = longest_of_requests(requests, lengths)[requests] > wrappers.steps.k
         for row, length in enumerate(lengths.flatten().tolist()):
             if length > 0 and computed[row]:
                 key = f"{next_n}/{'above' if length > TOP_K else 'below'}"

@@ -284,6 +284,14 @@ def add_cache(config: Any, path: str = seams.CACHES[0], backend_name: str = "Dee
     return "model.layers.0.indexer.k_cache"
 
 
+def spec_and_layer(config: Any, compression: int = 1) -> tuple[MLAAttentionSpec, str]:
+    """Of an indexer cache of DeepSeek-V3.2, compressed of V4, which is registered."""
+    if compression == 1:
+        return make_spec(), add_cache(config)
+    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
+    return make_spec(block_size=256, compression=compression), layer
+
+
 def make_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
     """As vLLM's worker makes it: the class that the backend answers with now."""
     return construct(seams.resolve(seams.BUILDER_OF_BACKEND)(), config, spec, layer)
@@ -601,8 +609,7 @@ def test_ragged_steps_of_v4_whose_longest_query_is_one(
     schedules: list[Any], context: list[int], query: list[int], tokens: int, lens: list[int], groups: list[list[int]]
 ) -> None:
     config = make_config(2)
-    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
-    builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+    builder = make_builder(config, *spec_and_layer(config, 4))
     with without_slot_mapping():
         decode = builder.build(0, make_step(context, query, tokens)).decode
     assert decode.seq_lens.flatten().tolist() == lens
@@ -612,8 +619,7 @@ def test_ragged_steps_of_v4_whose_longest_query_is_one(
 
 def test_compressed_cache_of_v4(schedules: list[Any]) -> None:
     config = make_config(2)
-    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
-    builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+    builder = make_builder(config, *spec_and_layer(config, 4))
     builder_of_v4 = seams.resolve(f"{seams.INDEXER}:DeepseekV4IndexerBackend").get_builder_cls()
     assert type(builder) is builder_of_v4
     with without_slot_mapping():
@@ -640,12 +646,7 @@ def test_uniform_steps_are_what_vllms_native_path_makes(
 ) -> None:
     """Where all requests decode, vLLM is not asked whether they do so uniformly, which takes it longer than our builder."""
     config = make_config(max(2, query - 1))
-    if compression == 1:
-        layer, spec = add_cache(config), make_spec()
-    else:
-        layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
-        spec = make_spec(block_size=256, compression=compression)
-    builder = make_builder(config, spec, layer)
+    builder = make_builder(config, *spec_and_layer(config, compression))
     step = make_step([4000, 258, query, 100], [query] * 4)
     split, asked = seams.resolve(f"{seams.INDEXER}:split_decodes_and_prefills"), []
 
@@ -898,8 +899,7 @@ def test_plans_leave_out_what_the_topk_keeps_whole(
 
 def test_plans_of_v4_go_by_compressed_lengths(schedules: list[Any]) -> None:
     config = make_config(2, index_topk=64)
-    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
-    builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+    builder = make_builder(config, *spec_and_layer(config, 4))
     with without_slot_mapping():
         plan = builder.build(0, make_step([4096, 258], [3, 3])).decode.schedule_metadata
     assert plan[1:, 2].sum() == 16 + (0 if HANDED_OVER else 1)
@@ -980,11 +980,7 @@ if HANDED_OVER:
         """Its own arguments, through its own code, are what our op takes, as that says where it ends: on the CPU."""
         tokens, context, query, padded, compression = STEPS[case]
         config = make_config(tokens, adaptive=adaptive, index_topk=K)
-        if compression == 1:
-            layer, spec = add_cache(config), make_spec()
-        else:
-            layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
-            spec = make_spec(block_size=256, compression=compression)
+        spec, layer = spec_and_layer(config, compression)
         builder = make_builder(config, spec, layer)
         with without_slot_mapping():
             metadata = builder.build(0, make_step(context, query, padded))

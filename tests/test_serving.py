@@ -118,8 +118,13 @@ def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], k: int, leng
 
 
 def comparison(server: Server) -> dict[str, Any]:
-    """What the server found so far: nothing but DeepGEMM's logits, and of these, where ours selects, torch.topk's."""
-    found = json.loads(call(server, "mqa_sm90_comparison"))
+    """What the server found so far."""
+    return agreeing(call(server, "mqa_sm90_comparison"))
+
+
+def agreeing(text: str) -> dict[str, Any]:
+    """What a worker found: nothing but DeepGEMM's logits, and of these, where ours selects, torch.topk's."""
+    found = json.loads(text)
     for rows in found["agreements"].values():
         assert rows["difference"] <= TOLERANCE and rows["gap"] <= TOLERANCE
     for rows in found["selections"].values():
