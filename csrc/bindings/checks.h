@@ -176,8 +176,8 @@ SelectionParams check_selection(const Tensor& logits, const Tensor& context_lens
           "shape [T, W], T fewer than ", kMaxRequests, ", W at most 2^24");
   const int64_t rows = logits.size(0);
   require(logits.size(1) <= 1 || logits.stride(1) == 1, logits_argument, strides_of, "a last stride of 1");
-  require(rows <= 1 || logits.size(1) == 0 || (logits.stride(0) >= logits.size(1) && logits.stride(0) % kFloats == 0), logits_argument,
-          strides_of, "rows that do not overlap, a multiple of ", kFloats, " columns apart");
+  require(rows <= 1 || logits.size(1) == 0 || (logits.stride(0) >= logits.size(1) && logits.stride(0) % kFloats == 0),
+          logits_argument, strides_of, "rows that do not overlap, a multiple of ", kFloats, " columns apart");
   require_aligned(logits_argument);
   require_same_device(lens_argument, logits_argument);
   require_dtype(lens_argument, ScalarType::Int);

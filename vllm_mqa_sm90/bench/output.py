@@ -6,6 +6,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def directory(text: str) -> Path:
 def now() -> str:
     """The time, ISO 8601, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def known(of: type, content: dict[str, Any]) -> dict[str, Any]:
+    """What of JSON's `content` is a field of the dataclass: the rest follows from these, or is another version's."""
+    names = {each.name for each in fields(of)}
+    return {name: value for name, value in content.items() if name in names}
 
 
 def show(report: Any, tables: Sequence[Table], notes: Sequence[str]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepGEMM's paged MQA logits, as the installed vLLM calls them: all that the benchmarks know of vLLM.
+"""DeepGEMM's paged MQA logits, as the installed vLLM calls them: all that the benchmarks know of its logits.
 
 The functions of `vllm.utils.deep_gemm`, in vLLM 0.24 to 0.33:
 

@@ -5,12 +5,14 @@ import json
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from vllm_mqa_sm90.bench import output
 
 OURS, NATIVE, FLATTENED = "ours", "native", "flattened"
 SIDES = {OURS: "vllm-mqa-sm90", NATIVE: "DeepGEMM native", FLATTENED: "DeepGEMM flattened"}
@@ -114,8 +116,7 @@ class Report:
     def read(cls, path: Path) -> "Report":
         """What `write` wrote."""
         content = json.loads(path.read_text())
-        known = {each.name for each in fields(Row)}
-        rows = [Row(**{name: value for name, value in entry.items() if name in known}) for entry in content["rows"]]
+        rows = [Row(**output.known(Row, entry)) for entry in content["rows"]]
         return cls(**{**content, "rows": rows})
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
 
+from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.serve.trace import Profile
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.metrics import Drafts
@@ -175,8 +176,8 @@ class Report:
     @classmethod
     def read(cls, path: Path) -> Report:
         """What `write` wrote, this one or an older one; what follows from the rest is left out."""
-        content = _fields(cls, json.loads(path.read_text()))
-        measurements = [Measurement(**_fields(Measurement, entry)) for entry in content["measurements"]]
+        content = output.known(cls, json.loads(path.read_text()))
+        measurements = [Measurement(**output.known(Measurement, entry)) for entry in content["measurements"]]
         profiles = [Profiled(**entry) for entry in content["profiles"]]
         return cls(**{**content, "measurements": measurements, "profiles": profiles})
 
@@ -315,12 +316,6 @@ def _ratio(value: float | None) -> str:
 
 def _three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.{1 if value < 100 else 0}f}"
-
-
-def _fields(of: type, content: dict[str, Any]) -> dict[str, Any]:
-    """What of `content` is a field of the dataclass."""
-    names = {each.name for each in fields(of)}
-    return {name: value for name, value in content.items() if name in names}
 
 
 def notes(report: Report) -> list[str]:
