@@ -98,9 +98,11 @@ class Extension(WorkerExtension):
 
 @functools.cache  # once
 def start_comparing() -> None:
-    seams.replace({seams.LOGITS: comparing(seams.resolve(seams.LOGITS))})
-    if seams.hands_over_topk():
-        seams.replace({seams.TOPK: checking(seams.resolve(seams.TOPK))})
+    for op in wrappers.steps.ops:
+        logits, topk = f"{op}:fp8_fp4_paged_mqa_logits", f"{op}:get_indexer_topk"
+        seams.replace({logits: comparing(seams.resolve(logits))})
+        if seams.hands_over_topk():
+            seams.replace({topk: checking(seams.resolve(topk))})
     builder = seams.resolve(seams.STOCK_BUILDER)
     builder.build = counting_ragged(builder.build)
 
@@ -128,32 +130,34 @@ def comparing(ours: Any) -> Any:
             max_model_len=max_model_len,
             **options,
         )
-        computed = longest_of_requests(requests, lengths)[requests] > wrappers.steps.k
-        for row, length in enumerate(lengths.flatten().tolist()):
-            if length > 0 and computed[row]:
-                key = f"{next_n}/{'above' if length > TOP_K else 'below'}"
-                _agreements.setdefault(key, Agreement()).add(result[row, :length], expected[row, :length])
+        of_rows = lengths.flatten().tolist()
+        for first, count, _ in groups(schedule_metadata, num_sms, context_lens):
+            if max(of_rows[first : first + count]) <= wrappers.steps.selection.left_out:
+                continue
+            for row in range(first, first + count):
+                if (length := of_rows[row]) > 0:
+                    key = f"{next_n}/{'above' if length > TOP_K else 'below'}"
+                    _agreements.setdefault(key, Agreement()).add(result[row, :length], expected[row, :length])
         return result
 
     return both
 
 
+def groups(plan: torch.Tensor, num_sms: int, context_lens: torch.Tensor) -> list[list[int]]:
+    """First row, number of rows, and row of the block table of each of a step's groups."""
+    if not ops.is_ragged(plan):
+        requests, next_n = context_lens.shape
+        return [[request * next_n, next_n, request] for request in range(requests)]
+    table = plan.view(-1, 4)[ops.plan_shape(num_sms)[0] :].tolist()
+    return [group[:3] for group in table if group[1]]
+
+
 def requests_of_rows(plan: torch.Tensor, num_sms: int, context_lens: torch.Tensor) -> torch.Tensor:
     """Row of the block table for each of a step's rows; padding rows have the first."""
-    rows = context_lens.numel()
-    if not ops.is_ragged(plan):
-        return torch.arange(rows, device=plan.device) // context_lens.shape[1]
-    requests = torch.zeros(rows, dtype=torch.int64, device=plan.device)
-    for first, count, request, _ in plan.view(-1, 4)[ops.plan_shape(num_sms)[0] :].tolist():
+    requests = torch.zeros(context_lens.numel(), dtype=torch.int64, device=plan.device)
+    for first, count, request in groups(plan, num_sms, context_lens):
         requests[first : first + count] = request
     return requests
-
-
-def longest_of_requests(requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Tokens of the longest row of each, by its row of the block table. Where that is at most the plan's k, the request's
-    rows have no logits: a request that decodes is one group."""
-    longest = lengths.new_zeros(int(requests.max()) + 1)
-    return longest.scatter_reduce_(0, requests, lengths.view(-1), "amax")
 
 
 def checking(ours: Any) -> Any:
@@ -166,7 +170,7 @@ def checking(ours: Any) -> Any:
         def both(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len):
             found = _selections.setdefault(str(next_n), Selections())
             select(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len)
-            if getattr(logits, wrappers.MARK, None) == topk_tokens:
+            if getattr(logits, wrappers.MARK, seams.Selection()).k == topk_tokens:
                 found.add(logits, seq_lens.view(-1), topk_tokens, topk_indices)
             else:
                 found.stock += len(logits)

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin in a real vLLM, without a GPU: its platform says Hopper, and tensors are on the CPU."""
 
-import contextlib
-import gc
 import functools
+import gc
 import inspect
 import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,93 +19,40 @@ import pytest
 import torch
 import vllm.logger
 import vllm.platforms
-from vllm.config import AttentionConfig, CompilationConfig, KernelConfig, ParallelConfig
+from no_gpu import (  # noqa: F401 (fixtures)
+    GATED,
+    HANDED_OVER,
+    INSTALLED,
+    NUM_SMS,
+    PAGES,
+    REPLACED,
+    V4,
+    V32,
+    NvmlCudaPlatform,
+    add_cache,
+    clean,
+    construct,
+    groups_of,
+    hopper,
+    k_of,
+    log,
+    make_builder,
+    make_config,
+    make_spec,
+    make_step,
+    plan_of,
+    run_op,
+    schedules,
+    spec_and_layer,
+    stored,
+    use_platform,
+    without_slot_mapping,
+)  # fmt: skip
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-import vllm_mqa_sm90
 from vllm_mqa_sm90 import backend, ops, plugin, reference, seams, wrappers
-
-NUM_SMS = 132
-PAGES = 70  # a request's; more than its tokens need, as vLLM's tables are
-INSTALLED = tuple(seams.applying(seams.release()))
-GATED = seams.release() >= (0, 28)
-HANDED_OVER = seams.hands_over_topk()
-REPLACED = (
-    seams.BUILDER_OF_BACKEND, seams.SCHEDULE, seams.LOGITS,
-    *((seams.NATIVE_GATE,) if GATED else ()), *((seams.TOPK,) if HANDED_OVER else ()),
-)  # fmt: skip
-
-
-class NvmlCudaPlatform(Platform):
-    """vLLM's CUDA platform, whose module needs the driver, with the answers of an H100."""
-
-    _enum = PlatformEnum.CUDA
-    device_type = "cuda"
-    capability: DeviceCapability | None = DeviceCapability(9, 0)
-
-    @classmethod
-    def get_device_capability(cls, device_id: int = 0) -> DeviceCapability | None:
-        return cls.capability
-
-    @classmethod
-    def num_compute_units(cls, device_id: int = 0) -> int:
-        return NUM_SMS
-
-
-def stored(path: str) -> Any:
-    """What a replaced name holds, without binding it."""
-    module, _, name = path.partition(":")
-    owner, _, attribute = name.rpartition(".")
-    found = seams.resolve(f"{module}:{owner}") if owner else sys.modules[module]
-    return vars(found)[attribute]
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test starts and ends with vLLM as it was installed."""
-    monkeypatch.delenv("MQA_SM90", raising=False)
-    monkeypatch.setattr(backend, "outcome", dict(backend.outcome))
-    monkeypatch.setattr(wrappers, "steps", wrappers.Steps())
-    backend._builders.clear()
-    for name in ("_print_info_once", "_print_warning_once"):
-        getattr(vllm.logger, name).cache_clear()
-    for seam in INSTALLED:
-        seams.resolve(seam.path)
-    stock = {path: stored(path) for path in REPLACED}
-    yield
-    seams.replace(stock)
-
-
-def use_platform(monkeypatch: pytest.MonkeyPatch, platform: Platform) -> None:
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("vllm.") and "current_platform" in vars(module):
-            monkeypatch.setattr(module, "current_platform", platform)
-    monkeypatch.setattr(vllm.platforms, "_current_platform", platform)
-    # `from vllm.platforms import current_platform` reads the attribute, which is made on first use.
-    monkeypatch.setitem(vars(vllm.platforms), "current_platform", platform)
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_platform(monkeypatch, NvmlCudaPlatform())
-    monkeypatch.setattr(sys.modules[seams.INDEXER], "has_deep_gemm", lambda: True)
-
-
-@pytest.fixture
-def log() -> Iterator[Callable[[int], list[str]]]:
-    """The plugin's messages of a level so far."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("vllm.mqa_sm90")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield lambda level: [record.getMessage() for record in records if record.levelno == level]
-    logger.removeHandler(handler)
-
 
 # Taking over, or not.
 
@@ -118,7 +64,7 @@ def test_takes_over_on_hopper(hopper: None, log: Callable[[int], list[str]]) -> 
     assert not log(logging.WARNING)
     (line,) = log(logging.INFO)
     assert f"vLLM {vllm.__version__}" in line
-    assert "natively for next_n 1 to 8 (num_speculative_tokens 0 to 7)" in line
+    assert "reads the cache once for each 8 query tokens of a request" in line
 
     taken = {path: stored(path) for path in REPLACED}
     plugin.register()
@@ -241,109 +187,6 @@ def test_register_leaves_cuda_uninitialised() -> None:
 # The metadata builder.
 
 
-def make_config(
-    tokens: int, *, heads: int = 64, adaptive: bool = False, index_topk: int | None = None, topk: str = "auto", **parallel: int
-) -> Any:
-    """The parts of a VllmConfig that the builder reads; without `index_topk` the top-k is vLLM's."""
-    parallel_config = ParallelConfig()
-    for name, value in parallel.items():
-        setattr(parallel_config, name, value)
-    attention_config = AttentionConfig()
-    if hasattr(attention_config, "sparse_mla_prefill_workspace_factor"):
-        attention_config.sparse_mla_prefill_workspace_factor = 5
-    return SimpleNamespace(
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=256, max_num_seqs=64),
-        parallel_config=parallel_config,
-        attention_config=attention_config,
-        compilation_config=CompilationConfig(),
-        kernel_config=KernelConfig(sparse_indexer_topk_backend=topk) if HANDED_OVER else None,
-        model_config=SimpleNamespace(
-            max_model_len=4096, hf_text_config=SimpleNamespace(index_n_heads=heads, index_topk=index_topk)
-        ),
-        speculative_config=SimpleNamespace(num_speculative_tokens=tokens, enable_adaptive_verification=adaptive)
-        if tokens
-        else None,
-        num_speculative_tokens=tokens,
-    )
-
-
-def make_spec(block_size: int = 64, compression: int = 1, head_size: int = 132) -> MLAAttentionSpec:
-    name = "tokens_per_state" if seams.release() >= (0, 29) else "compress_ratio"
-    return MLAAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=head_size, dtype=torch.uint8, **{name: compression}
-    )
-
-
-def add_cache(config: Any, path: str = seams.CACHES[0], backend_name: str = "DeepseekV32IndexerBackend") -> str:
-    """Registers a stand-in for an indexer cache layer of that class, with its part of the KV cache; its name."""
-    module, _, name = path.rpartition(".")
-    stock_backend = seams.resolve(f"{seams.INDEXER}:{backend_name}")
-    layer = type(name, (), {"__module__": module, "get_attn_backend": lambda self: stock_backend})()
-    layer.kv_cache = torch.zeros(2, 64, 132, dtype=torch.uint8)
-    config.compilation_config.static_forward_context["model.layers.0.indexer.k_cache"] = layer
-    return "model.layers.0.indexer.k_cache"
-
-
-def spec_and_layer(config: Any, compression: int = 1) -> tuple[MLAAttentionSpec, str]:
-    """Of an indexer cache of DeepSeek-V3.2, compressed of V4, which is registered."""
-    if compression == 1:
-        return make_spec(), add_cache(config)
-    layer = add_cache(config, seams.CACHES[1], "DeepseekV4IndexerBackend")
-    return make_spec(block_size=256, compression=compression), layer
-
-
-def make_builder(config: Any, spec: MLAAttentionSpec, layer: str) -> Any:
-    """As vLLM's worker makes it: the class that the backend answers with now."""
-    return construct(seams.resolve(seams.BUILDER_OF_BACKEND)(), config, spec, layer)
-
-
-def construct(
-    builder: type, config: Any, spec: MLAAttentionSpec, layer: str, device: torch.device = torch.device("cpu")
-) -> Any:
-    width = {"block_table_width": PAGES} if getattr(builder, "requires_block_table_width", False) else {}
-    return builder(spec, [layer], config, device, **width)
-
-
-def make_step(context: list[int], query: list[int], tokens: int | None = None) -> CommonAttentionMetadata:
-    """A decode step: per request its tokens, those of this step included, and those of this step; with padding `tokens`."""
-    starts = torch.tensor([0, *query]).cumsum(0).to(torch.int32)
-    lengths = torch.tensor(context, dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=lengths,
-        seq_lens_cpu_upper_bound=lengths,
-        num_reqs=len(query),
-        num_actual_tokens=tokens or sum(query),
-        max_query_len=max(query),
-        max_seq_len=max(context),
-        block_table_tensor=torch.arange(len(query) * PAGES, dtype=torch.int32).view(len(query), PAGES),
-        slot_mapping=torch.zeros(tokens or sum(query), dtype=torch.int64),
-    )
-
-
-@pytest.fixture
-def schedules(hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, int, int]]:
-    """vLLM as taken over, on DeepGEMM stand-ins; what DeepGEMM was asked to schedule."""
-    asked = []
-    stock = stored(seams.SCHEDULE)
-
-    def schedule(context_lens: torch.Tensor, block_size: int, num_sms: int, **options: Any) -> torch.Tensor:
-        asked.append((context_lens, block_size, num_sms))
-        return torch.full((num_sms + 1, 2), 7, dtype=torch.int32)
-
-    schedule.__signature__ = inspect.signature(stock)
-    seams.replace({seams.SCHEDULE: schedule})
-    plugin.register()
-    assert backend.outcome["installed"], backend.outcome["reason"]
-    return asked
-
-
-def plan_of(context_lens: torch.Tensor, **options: Any) -> torch.Tensor:
-    """As the builder makes it: CUDA graphs may have more rows than its step."""
-    return vllm_mqa_sm90.plan(context_lens, **options, padded=True, num_sms=NUM_SMS)
-
-
 @pytest.mark.parametrize("tokens", range(ops.MAX_NEXT_N))
 def test_uniform_step_is_native(schedules: list[Any], log: Callable[[int], list[str]], tokens: int) -> None:
     config = make_config(tokens)
@@ -387,13 +230,6 @@ def test_step_shorter_than_next_n_is_native(schedules: list[Any], query: int) ->
     assert decode.seq_lens.tolist() == [[length - query + 1 + row for row in range(query)] for length in (200, 300)]
     assert decode.block_table.data_ptr() == step.block_table_tensor.data_ptr()
     assert decode.schedule_metadata[1:, 2].sum() == 4 + 5
-
-
-def groups_of(plan: torch.Tensor) -> list[list[int]]:
-    """First row, rows and request of each group of a ragged step's plan."""
-    assert ops.is_ragged(plan)
-    table = plan.view(-1, 4)[ops.plan_shape(NUM_SMS)[0] :]
-    return [group[:3] for group in table.tolist() if group[1]]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7])
@@ -454,26 +290,6 @@ def test_what_is_padded_otherwise_than_a_uniform_step_is_ragged(
     assert metadata.decode.seq_lens.flatten().tolist() == step.lens
     assert metadata.decode.decode_lens.tolist() == [1] * len(step.lens)
     assert groups_of(metadata.decode.schedule_metadata) == step.groups
-
-
-def run_op(
-    monkeypatch: pytest.MonkeyPatch, layer: str, metadata: Any, rows: int, chosen: torch.Tensor, k: int, **others: Any
-) -> None:
-    """vLLM's op over a step of so many rows; it chooses `k` tokens of each into `chosen`."""
-    op = sys.modules[seams.OP]
-    context = SimpleNamespace(attn_metadata={layer: metadata}, cudagraph_runtime_mode=None)
-    monkeypatch.setattr(op, "get_forward_context", lambda: context)
-    manager = SimpleNamespace(get_simultaneous=lambda *specs: [torch.empty(0)] * len(specs))
-    monkeypatch.setattr(op, "current_workspace_manager", lambda: manager)
-    given = {
-        "hidden_states": torch.empty(rows, 8), "k_cache_prefix": layer, "kv_cache": torch.empty(2, 64, 132),
-        "q_quant": torch.empty(rows, 64, 128), "q_scale": None, "k": None, "weights": torch.empty(rows, 64),
-        "quant_block_size": 128, "scale_fmt": None, "topk_tokens": k, "head_dim": 128, "max_model_len": 4096,
-        "total_seq_lens": 300, "topk_indices_buffer": chosen, "skip_k_cache_insert": True, "use_pcp": False,
-        "pcp_shard_decode_requests": False, "dense_mha_metadata_layer_name": "",
-    }  # fmt: skip
-    parameters = inspect.signature(op.sparse_attn_indexer).parameters
-    op.sparse_attn_indexer(**{name: value for name, value in (given | others).items() if name in parameters})
 
 
 @pytest.mark.parametrize("query", [[0], [0, 0], [0, 90, 0], [0, 0, 90, 90]], ids=str)
@@ -582,18 +398,6 @@ def test_lengths_without_speculation_are_not_written(schedules: list[Any]) -> No
     decode = builder.build(0, step).decode
     assert decode.seq_lens.data_ptr() == step.seq_lens.data_ptr()
     assert step.seq_lens.tolist() == [5, 0]
-
-
-@contextlib.contextmanager
-def without_slot_mapping() -> Iterator[None]:
-    """Of compressed caches: a Triton kernel, and not what is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sys.modules[seams.INDEXER],
-            "get_compressed_slot_mapping",
-            lambda num_tokens, *_, out, **__: out[:num_tokens],
-        )
-        yield
 
 
 @pytest.mark.parametrize(
@@ -710,14 +514,13 @@ if seams.release() >= (0, 32):
         assert torch.equal(plan, plan_of(lens, **starts))
 
 
-UNKNOWN_CACHE = "vllm.models.glm5next.common.attention.Glm5NextIndexerCache"
+UNKNOWN_CACHE = "vllm.models.other.attention.OtherIndexerCache"
 
 REFUSED = {
-    "eight tokens": ("num_speculative_tokens is 8", lambda: make_config(8), make_spec, seams.CACHES[0]),
-    "heads": ("index_n_heads is 24", lambda: make_config(2, heads=24), make_spec, seams.CACHES[0]),
-    "no heads": ("index_n_heads is None", lambda: make_config(2, heads=None), make_spec, seams.CACHES[0]),
-    "page": ("page holds 128 keys", lambda: make_config(2), lambda: make_spec(block_size=128), seams.CACHES[0]),
-    "FP4": ("key is 68 x torch.uint8", lambda: make_config(2), lambda: make_spec(head_size=68), seams.CACHES[0]),
+    "heads": ("index_n_heads is 24", lambda: make_config(2, heads=24), make_spec, V32),
+    "no heads": ("index_n_heads is None", lambda: make_config(2, heads=None), make_spec, V32),
+    "page": ("page holds 128 keys", lambda: make_config(2), lambda: make_spec(block_size=128), V32),
+    "FP4": ("key is 68 x torch.uint8", lambda: make_config(2), lambda: make_spec(head_size=68), V32),
     "cache": (UNKNOWN_CACHE, lambda: make_config(2), make_spec, UNKNOWN_CACHE),
 }
 
@@ -804,14 +607,6 @@ def test_a_cache_that_the_kernel_cannot_read_is_noticed_before_the_first_launch(
         make_builder(config, make_spec(), layer).build(0, step)
 
 
-@pytest.mark.parametrize("axis", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_context_parallelism_is_refused(schedules: list[Any], axis: str) -> None:
-    config = make_config(2, **{axis: 2})
-    add_cache(config)
-    builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
-    assert "context parallelism" in backend.refusal(builder, config, make_spec())
-
-
 def test_configuration_without_caches_is_refused(schedules: list[Any]) -> None:
     builder = seams.resolve(seams.BUILDER_OF_BACKEND)()
     assert "no indexer cache" in backend.refusal(builder, make_config(2), make_spec())
@@ -872,10 +667,6 @@ K = 128  # of the tests' configurations
 OURS = K if HANDED_OVER else 0
 
 
-def k_of(plan: torch.Tensor) -> int:
-    return int(plan.view(-1, 4)[0, 3]) >> 12 & 0xFFF
-
-
 @pytest.mark.parametrize("query", [[3, 3, 3], [3, 1, 2]], ids=str)
 def test_plans_leave_out_what_the_topk_keeps_whole(
     schedules: list[Any], log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, query: list[int]
@@ -925,7 +716,7 @@ if HANDED_OVER:
     def made_for(k: int | None) -> torch.Tensor:
         logits = torch.zeros(2, 64)
         if k is not None:
-            setattr(logits, wrappers.MARK, k)
+            setattr(logits, wrappers.MARK, seams.Selection(k, left_out=k))
         return logits
 
     def test_a_named_topk_is_vllms(called: list[Any]) -> None:
@@ -943,7 +734,7 @@ if HANDED_OVER:
         assert called == [("auto", args)]
 
     def test_a_topk_of_logits_that_were_not_computed_is_an_error(called: list[Any]) -> None:
-        with pytest.raises(RuntimeError, match=r"topk_tokens: expected 129, the index_topk .*, given 128: name vLLM's top-k"):
+        with pytest.raises(RuntimeError, match=r"topk_tokens: expected 129, of the model's configuration, .*, given 128: name vLLM's top-k"):
             seams.resolve(seams.TOPK)("auto")(made_for(K + 1), "lens", 3, "indices", K, 4096)
         assert not called
 
@@ -1030,12 +821,12 @@ if HANDED_OVER:
             f"its top-k would be the plugin's, of 64 tokens, and is {of_first} for another model in this process"
         )
         assert kept.refusal is None and refused.refusal in log(logging.WARNING)[-1]
-        assert wrappers.steps.k == backend.report()["topk"] == first
+        assert wrappers.steps.selection.k == backend.report()["topk"] == first
         assert make_builder(config, make_spec(), add_cache(config)).refusal is None
         del kept, refused
         gc.collect()
         assert make_builder(other, make_spec(), add_cache(other)).refusal is None
-        assert wrappers.steps.k == 64
+        assert wrappers.steps.selection.k == 64
 
     def test_a_topk_with_other_parameters_leaves_vllm_untouched(
         hopper: None, log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
@@ -1068,9 +859,9 @@ def test_report_of_a_served_model(schedules: list[Any], monkeypatch: pytest.Monk
 
 
 def test_report_of_a_refused_model(schedules: list[Any]) -> None:
-    config = make_config(8)
+    config = make_config(2, heads=24)
     kept = make_builder(config, make_spec(), add_cache(config))
     report = backend.report()
     assert report["taken_over"] is False
-    assert report["reason"] == kept.refusal == "num_speculative_tokens is 8; the plugin takes up to 7"
+    assert report["reason"] == kept.refusal == "index_n_heads is 24; the kernel takes 16, 32, 64"
     assert report["launches"] == {}

@@ -70,36 +70,43 @@ def test_replace_reaches_modules_and_classes(monkeypatch: pytest.MonkeyPatch) ->
     assert (module.function(), module.Owner.method()) == ("ours", "ours")
 
 
-def config(index_topk: int | None = 2048, backend: str = "auto", dcp: int = 1, draft: int | None = None) -> Any:
-    of_draft = SimpleNamespace(hf_text_config=SimpleNamespace(index_topk=draft))
+def config(index_topk: int | None = 2048, backend: str = "auto", dcp: int = 1, draft: int | None = None, **others: int) -> Any:
+    of_draft = SimpleNamespace(hf_text_config=SimpleNamespace(index_topk=draft, **others))
     return SimpleNamespace(
         kernel_config=SimpleNamespace(sparse_indexer_topk_backend=backend),
         parallel_config=SimpleNamespace(decode_context_parallel_size=dcp),
-        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**({"index_topk": index_topk} if index_topk else {}))),
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(**({"index_topk": index_topk} if index_topk else {}), **others)
+        ),
         speculative_config=SimpleNamespace(draft_model_config=of_draft) if draft else None,
     )
 
 
 @pytest.mark.parametrize(
-    ("given", "k", "reason"),
+    ("given", "selection", "reason"),
     [
-        (config(), 2048, None),
-        (config(512, draft=512), 512, None),
-        (config(512, draft=1024), 0, "index_topk is 512, and 1024 in the draft model"),
-        (config(2049), 0, "index_topk is 2049; the plugin's selects 1 to 2048 tokens"),
-        (config(None), 0, "index_topk is None; the plugin's selects 1 to 2048 tokens"),
-        (config(backend="persistent"), 0, "sparse_indexer_topk_backend is persistent"),
-        (config(dcp=2), 0, "decode context parallelism reads the logits of all rows"),
+        (config(), (2048, 2048), None),
+        (config(512, draft=512), (512, 512), None),
+        (config(512, draft=1024), (0, 0), "index_topk is 512, and 1024 in the draft model"),
+        (config(2049), (0, 0), "index_topk is 2049; the plugin's selects 1 to 2048 tokens"),
+        (config(None), (0, 0), "index_topk is None; the plugin's selects 1 to 2048 tokens"),
+        (config(backend="persistent"), (0, 0), "sparse_indexer_topk_backend is persistent"),
+        # What else reads the logits finds those of all rows.
+        (config(dcp=2), (2048, 0), None),
+        (config(512, candidate_topk_blocks=256), (512, 0), None),
+        # Pools of tokens are selected.
+        (config(2048, draft=2048, index_kpool=4), (512, 512), None),
+        (config(2048, index_kpool=4, dcp=4), (512, 0), None),
     ],
 )  # fmt: skip
-def test_tokens_to_select(monkeypatch: pytest.MonkeyPatch, given: Any, k: int, reason: str | None) -> None:
+def test_selection(monkeypatch: pytest.MonkeyPatch, given: Any, selection: tuple[int, int], reason: str | None) -> None:
     monkeypatch.setattr(seams, "vllm_version", lambda: "0.30.1")
-    assert (seams.tokens_to_select(given), seams.stock_topk_reason(given)) == (k, reason)
+    assert (seams.selection(given), seams.stock_topk_reason(given)) == (seams.Selection(*selection), reason)
     assert seams.hands_over_topk() and seams.stock_topk_reason() is None
     monkeypatch.setattr(seams, "vllm_version", lambda: "0.29.0")
     for any_config in given, None:
         assert seams.stock_topk_reason(any_config) == "vLLM 0.29.0 has no place for another, as 0.30 has"
-    assert seams.tokens_to_select(given) == 0 and not seams.hands_over_topk()
+    assert seams.selection(given) == seams.Selection() and not seams.hands_over_topk()
 
 
 @pytest.mark.skipif(not seams.hands_over_topk(), reason="vLLM has no such setting before 0.30")

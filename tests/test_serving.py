@@ -208,7 +208,7 @@ def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: 
     else:
         step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [98, 99, 100]])
         plan = torch.zeros(ops.plan_shape(132), dtype=torch.int32)
-    monkeypatch.setattr(wrappers, "steps", wrappers.Steps(k=k))
+    monkeypatch.setattr(wrappers, "steps", wrappers.Steps(selection=seams.Selection(k, left_out=k)))
     lens = step.context_lens.view(-1, 1) if ragged else step.context_lens
     schedules = []
 
@@ -266,7 +266,7 @@ def test_selections_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, wro
     checked = comparing_worker.checking(ours)("auto")
     chosen = torch.zeros(4, 6, dtype=torch.int32)[:, :4]
     checked(logits, lens, 2, chosen, 4, 8)
-    setattr(logits, wrappers.MARK, 4)
+    setattr(logits, wrappers.MARK, seams.Selection(4))
     checked(logits, lens, 2, chosen, 4, 8)
     assert chosen.tolist()[:1] + chosen.tolist()[2:] == [[0, 1, 2, 3], [0, 1, 4 if wrong else 2, 3], [-1] * 4]
     found = json.loads(comparing_worker.Extension().mqa_sm90_comparison())["selections"]

@@ -2,21 +2,23 @@
 """vLLM's indexer backend with this package's kernel in its decode step.
 
 The builder stays vLLM's own: ours is a subclass that puts our plan where DeepGEMM's schedule goes.
-Steps whose requests bring equally many query rows take vLLM's native path. Others take the one on
-which vLLM makes a request of each row, of which ours keeps the shapes alone: the plan says which
-rows share a request, and so a block table and the keys. The plan's shape then tells the custom op,
-layer by layer, whose kernel the step is for, and whether it is ragged (`wrappers`).
+Steps whose requests bring equally many query rows, at most a group's, take vLLM's native path. Others
+take the one on which vLLM makes a request of each row, of which ours keeps the shapes alone: the plan
+says which rows share a request, and so a block table and the keys. The plan's shape then tells the custom op,
+layer by layer, whose kernel the step is for, and whether it is ragged (`wrappers`). Under decode context
+parallelism vLLM turns the rows' lengths into those of the rank's own tokens before the plan is made.
 """
 
 import functools
 import os
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_mqa_sm90 import machine, ops, seams, wrappers
+from vllm_mqa_sm90 import machine, ops, seams, support, wrappers
 
 MODES = ("auto", "require", "off")
 
@@ -56,30 +58,21 @@ def refusal(builder: type, vllm_config: Any, kv_cache_spec: Any = None) -> str |
 
 
 def _config_refusal(builder: type, vllm_config: Any) -> str | None:
-    speculative = vllm_config.speculative_config
-    tokens = (speculative.num_speculative_tokens or 0) if speculative else 0
-    if tokens + 1 > ops.MAX_NEXT_N:
-        return f"num_speculative_tokens is {tokens}; the plugin takes up to {ops.MAX_NEXT_N - 1}"
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        return "context parallelism is on: each rank's cache is a part, for which the kernel is not proven"
     heads = getattr(vllm_config.model_config.hf_text_config, "index_n_heads", None)
     if heads not in ops.HEADS:
         return f"index_n_heads is {heads}; the kernel takes {', '.join(map(str, ops.HEADS))}"
     caches = set(seams.cache_layers(vllm_config, builder).values())
     if not caches:
         return "vLLM's configuration lists no indexer cache"
-    if unknown := caches.difference(seams.CACHES):
-        return f"the model's indexer cache is one that this version does not know: {', '.join(sorted(unknown))}"
-    k = seams.tokens_to_select(vllm_config)
-    in_use = wrappers.steps.k if any(builder.refusal is None for builder in _builders) else k
-    if in_use != k:
-        return f"its top-k would be {_topk_of(k)}, and is {_topk_of(in_use)} for another model in this process"
+    parallel = vllm_config.parallel_config
+    dcp, pcp = parallel.decode_context_parallel_size > 1, parallel.prefill_context_parallel_size > 1
+    if problem := support.problem(caches, dcp=dcp, pcp=pcp):
+        return problem
+    selection = seams.selection(vllm_config)
+    in_use = wrappers.steps.selection if any(builder.refusal is None for builder in _builders) else selection
+    if in_use != selection:
+        return f"its top-k would be {selection}, and is {in_use} for another model in this process"
     return None
-
-
-def _topk_of(k: int) -> str:
-    return f"the plugin's, of {k} tokens" if k else "vLLM's"
 
 
 def _cache_refusal(kv_cache_spec: Any) -> str | None:
@@ -107,7 +100,7 @@ def make_backend() -> type:
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
             # The spec's pages may yet be split for the kernel: the configuration alone decides here.
             taken = refusal(cls, vllm_config) is None
-            if taken and _adapts(vllm_config):
+            if taken and _always_ragged(vllm_config):
                 return seams.resolve(seams.CUDAGRAPH_SUPPORT).ALWAYS
             with wrappers.as_builder(cls if taken else None):
                 return super().get_cudagraph_support(vllm_config, kv_cache_spec)
@@ -122,22 +115,26 @@ def make_backend() -> type:
                 _refuse(self.refusal)
                 return
             next_n = self.num_speculative_tokens + 1
+            self._max_rows = min(next_n, ops.MAX_NEXT_N)
             steps = wrappers.steps
-            steps.max_rows = max(steps.max_rows, next_n)
-            steps.k = seams.tokens_to_select(vllm_config)
+            steps.max_rows = max(steps.max_rows, self._max_rows)
+            steps.selection = seams.selection(vllm_config)
+            for cache in set(seams.cache_layers(vllm_config, type(self)).values()):
+                _replace_in(support.CACHES[cache].op)
             # What it takes to be vLLM's own again: its tensors are bound to the layers later.
             self._caches_seen = False
             self._stock = {name: getattr(self, name) for name in ("use_flattening", "scheduler_metadata_buffer")}
-            self._always_ragged = _adapts(vllm_config)
+            self._always_ragged = _always_ragged(vllm_config)
             # Plans for any step: what a step uses is the beginning.
             rows, columns = ops.plan_shape(self.num_sms, len(self.decode_seq_lens_buffer))
             self._ragged_plans = torch.zeros(rows, columns, dtype=torch.int32, device=self.device)
             rows, columns = ops.plan_shape(self.num_sms)
             self._uniform_plan = self._ragged_plans.view(-1, columns)[:rows]
             why = seams.stock_topk_reason(vllm_config)
-            logger().info_once("MQA SM90: the top-k of decode steps is %s%s", _topk_of(steps.k), f": {why}" if why else "")
+            logger().info_once("MQA SM90: the top-k of decode steps is %s%s", steps.selection, f": {why}" if why else "")
+            cut = f", in groups of {self._max_rows} rows" if next_n > self._max_rows else ""
             logger().info_once(
-                "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)", next_n - 1, next_n
+                "MQA SM90: num_speculative_tokens=%d decodes natively (next_n=%d, no flattening)%s", next_n - 1, next_n, cut
             )
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
@@ -267,13 +264,12 @@ def make_backend() -> type:
             vLLM may replay a CUDA graph that was captured for more rows (drafts of varying number, from 0.29 on), or
             for a uniform step that has no token now (an empty micro-batch, from 0.30 on).
             """
-            options = {"padded": True, "k": wrappers.steps.k}
+            options = {"padded": True, "k": wrappers.steps.selection.left_out}
             if self._ragged:
                 rows = ops.plan_shape(self.num_sms, len(context_lens))[0]
                 self.scheduler_metadata_buffer = plan = self._ragged_plans[:rows]
-                max_rows = self.num_speculative_tokens + 1
-                starts = self._query_start_loc
-                return ops.plan(context_lens.view(-1), query_start_loc=starts, max_rows=max_rows, **options, out=plan)
+                options |= {"query_start_loc": self._query_start_loc, "max_rows": self._max_rows}
+                return ops.plan(context_lens.view(-1), **options, out=plan)
             self.scheduler_metadata_buffer = plan = self._uniform_plan
             if context_lens.shape[1] == 0:  # requests without query tokens alone
                 context_lens = context_lens.view(0, 1)
@@ -289,9 +285,11 @@ def make_backend() -> type:
     return MqaSm90IndexerBackend
 
 
-def _adapts(vllm_config: Any) -> bool:
-    """Whether vLLM trims the requests' query lengths on the device, and captures CUDA graphs for any of them."""
-    return getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
+def _always_ragged(vllm_config: Any) -> bool:
+    """Whether every step is a ragged one, and CUDA graphs are captured for any requests: as vLLM trims their query lengths
+    on the device, or as a uniform step's groups would be wider than the kernel's."""
+    adapts = getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
+    return adapts or seams.speculative_tokens(vllm_config) + 1 > ops.MAX_NEXT_N
 
 
 def _refuse(reason: str) -> None:
@@ -310,8 +308,20 @@ def replacements() -> dict[str, Any]:
         seams.LOGITS: wrappers.logits,
         seams.TOPK: wrappers.topk,
     }
-    there = {seam.path for seam in seams.applying(seams.release())}
-    return made | {path: wrapper(seams.resolve(path)) for path, wrapper in wrap.items() if path in there}
+    return made | _wrapped(seams.applying(seams.release()), wrap)
+
+
+def _replace_in(op: str) -> None:
+    """In the module of a model's own op, once; `seams.OP` is replaced when the plugin is registered."""
+    if op not in wrappers.steps.ops:
+        wrap = {f"{op}:fp8_fp4_paged_mqa_logits": wrappers.logits, f"{op}:get_indexer_topk": wrappers.topk}
+        seams.replace(_wrapped(seams.OP_SEAMS.get(op, ()), wrap))
+        wrappers.steps.ops.add(op)
+
+
+def _wrapped(there: Iterable[seams.Seam], wrap: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    paths = {seam.path for seam in there}
+    return {path: wrapper(seams.resolve(path)) for path, wrapper in wrap.items() if path in paths}
 
 
 def report() -> dict[str, Any]:
@@ -332,7 +342,7 @@ def report() -> dict[str, Any]:
         "layers": sorted({name for builder in native for name in builder.layer_names}),
         "builders": len(native),
         "num_speculative_tokens": max((builder.num_speculative_tokens for builder in native), default=None),
-        "topk": wrappers.steps.k if native else 0,
+        "topk": wrappers.steps.selection.k if native else 0,
         "launches": {str(next_n): count for next_n, count in ops.launch_counts().items()} if native else {},
         "versions": {"vllm_mqa_sm90": machine.version(), "vllm": seams.vllm_version(), "torch": str(torch.__version__)},
     }

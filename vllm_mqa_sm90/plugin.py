@@ -86,12 +86,11 @@ def register() -> None:
     backend.outcome.update(installed=reason is None, reason=reason)
     if reason is None:
         backend.logger().info(
-            "MQA SM90 %s: with vLLM %s, the sparse indexers of DeepSeek-V3.2 and V4 type models decode on the "
-            "FP8 sm_90a kernel, natively for next_n 1 to %d (num_speculative_tokens 0 to %d)",
+            "MQA SM90 %s: with vLLM %s, the sparse indexers of DeepSeek-V3.2, V4 and GLM-5 type models decode on the FP8 "
+            "sm_90a kernel, which reads the cache once for each %d query tokens of a request",
             machine.version(),
             seams.vllm_version(),
             ops.MAX_NEXT_N,
-            ops.MAX_NEXT_N - 1,
         )
     elif mode == "require":
         raise RuntimeError(f"MQA_SM90=require, but vLLM's own decode path stays in place: {reason}")

@@ -9,6 +9,7 @@ name in their own module, so that replacing the name there reaches exactly these
 Each seam is one record. All are checked against the installed vLLM before any is touched.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -27,6 +28,8 @@ NEWEST: Release = (0, 33)
 
 INDEXER = "vllm.v1.attention.backends.mla.indexer"
 OP = "vllm.model_executor.layers.sparse_attn_indexer"
+KPOOL_OP = "vllm.models.glm5next.nvidia.sparse_indexer"
+"""GLM-5.3's op, of keys that are pools of tokens. To import it takes seconds: only servers of the model do."""
 
 # The names that are replaced.
 BUILDER_OF_BACKEND = f"{INDEXER}:DeepseekV32IndexerBackend.get_builder_cls"
@@ -40,13 +43,7 @@ STOCK_BUILDER = f"{INDEXER}:DeepseekV32IndexerMetadataBuilder"
 # Read.
 CUDAGRAPH_SUPPORT = "vllm.v1.attention.backend:AttentionCGSupport"
 
-CACHES = (
-    "vllm.model_executor.models.deepseek_v2.DeepseekV32IndexerCache",
-    "vllm.models.deepseek_v4.attention.DeepseekV4IndexerCache",
-)
-"""Cache layers whose model runs `OP`. Others answer with the same backend but run an op of their
-own (GLM-5.x with pooled keys) or process the logits further (DeepSeek-V4.1)."""
-
+_TOPK_WHY = "chooses the top-k by the backend's name: chooses ours for logits of ours"
 _SCHEDULE_WHY = "makes DeepGEMM's schedule: makes our plan while our builder builds"
 _SCHEDULE_PARAMETERS = ("context_lens", "block_size", "num_sms")
 _LOGITS_WHY = "runs DeepGEMM's kernel: runs ours where the schedule is our plan"
@@ -122,7 +119,7 @@ SEAMS = (
         until=(0, 32),
     ),
     Seam(LOGITS, _LOGITS_WHY, parameters=(*_LOGITS_PARAMETERS, "indices"), since=(0, 33)),
-    Seam(TOPK, "chooses the top-k by the backend's name: chooses ours for logits of ours", ("backend",), since=(0, 30)),
+    Seam(TOPK, _TOPK_WHY, ("backend",), since=(0, 30)),
     # Relied on.
     Seam(
         "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
@@ -222,6 +219,19 @@ SEAMS = (
     ),
 )
 
+OP_SEAMS = {
+    KPOOL_OP: (
+        Seam(f"{KPOOL_OP}:fp8_fp4_paged_mqa_logits", _LOGITS_WHY, (*_LOGITS_PARAMETERS, "indices")),
+        Seam(f"{KPOOL_OP}:get_indexer_topk", _TOPK_WHY, ("backend",)),
+        Seam(
+            f"{KPOOL_OP}:sparse_attn_indexer_kpool",
+            "passes the builder's schedule to the logits, and the lengths of these to the top-k",
+            uses=("fp8_fp4_paged_mqa_logits", "schedule_metadata", "get_indexer_topk", "seq_lens", "per_req_decode_lens"),
+        ),
+    )
+}
+"""Of ops of their own, which are looked at, and replaced, where a model that runs them is served."""
+
 
 def vllm_version() -> str:
     """Version of the installed vLLM; ImportError without one."""
@@ -241,6 +251,12 @@ def _listed(names: Iterable[str]) -> str:
 def applying(to: Release) -> Iterator[Seam]:
     """The seams of that release."""
     return (seam for seam in SEAMS if seam.since <= to <= seam.until)
+
+
+@functools.cache
+def op_problem(op: str) -> str | None:
+    """How a model's own op differs from what this version knows; None: it does not, or there is nothing to know."""
+    return next(filter(None, (seam.problem() for seam in OP_SEAMS.get(op, ()))), None)
 
 
 def resolve(path: str) -> Any:
@@ -275,6 +291,12 @@ def hopper_problem() -> str | None:
     return None
 
 
+def speculative_tokens(vllm_config: Any) -> int:
+    """Most draft tokens of a request in a step under this configuration."""
+    speculative = vllm_config.speculative_config
+    return (speculative.num_speculative_tokens or 0) if speculative else 0
+
+
 def page_size(kv_cache_spec: Any) -> int:
     """Keys per page of an indexer cache (its block size over the tokens per key)."""
     return kv_cache_spec.num_states if release() >= (0, 29) else kv_cache_spec.storage_block_size
@@ -290,6 +312,25 @@ def hands_over_topk() -> bool:
     return any(seam.path == TOPK for seam in applying(release()))
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What becomes of the logits of a decode step.
+
+    Attributes:
+        k: tokens of each row that our top-k selects; 0: vLLM's top-k does.
+        left_out: rows of groups that all have at most so many tokens have no logits, as the top-k keeps their tokens
+            whatever these are; 0: all rows have logits, as something else reads them, too.
+    """
+
+    k: int = 0
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        if not self.k:
+            return "vLLM's"
+        return f"the plugin's, of {self.k} tokens" + (" with the logits of all rows" if not self.left_out else "")
+
+
 def stock_topk_reason(vllm_config: Any = None) -> str | None:
     """Why the top-k of our logits stays vLLM's under this configuration; None, or if none is given: it need not."""
     if not hands_over_topk():
@@ -298,22 +339,31 @@ def stock_topk_reason(vllm_config: Any = None) -> str | None:
         return None
     if (backend := vllm_config.kernel_config.sparse_indexer_topk_backend) != "auto":
         return f"sparse_indexer_topk_backend is {backend}"
-    # A plan for our top-k leaves out the logits of rows that keep all their tokens. Whoever reads these logits too needs
-    # another: the merge of decode context parallelism does, and DeepSeek-V4.1's candidate blocks do (`candidate_blocks`
-    # of the op; its cache is not among CACHES, and would have to be asked for here).
-    if vllm_config.parallel_config.decode_context_parallel_size > 1:
-        return "decode context parallelism reads the logits of all rows"
-    index_topk = getattr(vllm_config.model_config.hf_text_config, "index_topk", None)
-    if index_topk not in range(1, MAX_TOPK + 1):
-        return f"index_topk is {index_topk}; the plugin's selects 1 to {MAX_TOPK} tokens"
+    config = vllm_config.model_config.hf_text_config
+    if (k := _index_topk(config)) not in range(1, MAX_TOPK + 1):
+        return f"index_topk is {k}; the plugin's selects 1 to {MAX_TOPK} tokens"
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    of_draft = getattr(getattr(draft, "hf_text_config", None), "index_topk", index_topk)
-    return None if of_draft == index_topk else f"index_topk is {index_topk}, and {of_draft} in the draft model"
+    of_draft = _index_topk(getattr(draft, "hf_text_config", None))
+    return None if of_draft in (None, k) else f"index_topk is {k}, and {of_draft} in the draft model"
 
 
-def tokens_to_select(vllm_config: Any) -> int:
-    """Tokens that our top-k selects for each row under this configuration; 0: vLLM's top-k does."""
-    return 0 if stock_topk_reason(vllm_config) else vllm_config.model_config.hf_text_config.index_topk
+def _index_topk(config: Any) -> int | None:
+    """Keys that the indexer of that model selects for each row; of pools of tokens where a key is one of a pool."""
+    tokens = getattr(config, "index_topk", None)
+    return tokens and tokens // (getattr(config, "index_kpool", None) or 1)
+
+
+def selection(vllm_config: Any) -> Selection:
+    """Whose the top-k is under this configuration, and whether something else reads the logits."""
+    if stock_topk_reason(vllm_config):
+        return Selection()
+    k = _index_topk(vllm_config.model_config.hf_text_config)
+    # The merge of decode context parallelism reads the chosen ones of each row; the op's `candidate_blocks`, of
+    # DeepSeek-V4.1, all of them, and then it overwrites those outside of its candidates.
+    others = vllm_config.parallel_config.decode_context_parallel_size > 1 or bool(
+        getattr(vllm_config.model_config.hf_text_config, "candidate_topk_blocks", 0)
+    )
+    return Selection(k, left_out=0 if others else k)
 
 
 def kv_caches(vllm_config: Any, layer_names: Iterable[str]) -> list[torch.Tensor]:

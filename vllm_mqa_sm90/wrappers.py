@@ -10,16 +10,15 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from vllm_mqa_sm90 import ops
+from vllm_mqa_sm90 import ops, seams
 
-MARK = "mqa_sm90_k"
-"""Attribute of logits that were computed with a plan for a top-k: how many that selects. Logits of groups no longer than
-that were not computed."""
+MARK = "mqa_sm90_selection"
+"""Attribute of logits that our top-k may select from: their `seams.Selection`."""
 
 building: ContextVar[Any] = ContextVar("mqa_sm90_building", default=None)
 """The builder (or builder class, where only the configuration is asked for) whose code runs now."""
@@ -30,12 +29,14 @@ class Steps:
     """What the steps of all our builders in this process have in common, as the op's calls name no builder.
 
     Attributes:
-        max_rows: most query rows of a request.
-        k: tokens of a row that our top-k selects, and the plans' k; 0: vLLM's top-k selects, or there is no builder.
+        max_rows: most query rows of a group.
+        selection: whose the top-k is, and what the plans leave out.
+        ops: modules of models' own ops that call our functions by now.
     """
 
     max_rows: int = 1
-    k: int = 0
+    selection: seams.Selection = seams.Selection()
+    ops: set[str] = field(default_factory=set)
 
 
 steps = Steps()
@@ -90,7 +91,7 @@ def logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if schedule_metadata.shape[1] not in plan_columns:
             return stock(q, kv_cache, weights, context_lens, block_tables, schedule_metadata, max_model_len, **options)
         ragged = ops.is_ragged(schedule_metadata)
-        k = steps.k
+        selection = steps.selection
         result = ops.paged_mqa_logits(
             q[0],
             kv_cache,
@@ -100,11 +101,11 @@ def logits(stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             schedule_metadata,
             max_context_len=max_model_len,
             max_rows=steps.max_rows if ragged else None,
-            k=k,
+            k=selection.left_out,
             clean_logits=options.get("clean_logits", False),
         )
-        if k:
-            setattr(result, MARK, k)
+        if selection.k:
+            setattr(result, MARK, selection)
         return result
 
     return fp8_fp4_paged_mqa_logits
@@ -135,14 +136,14 @@ def _selecting(stock: Callable[..., None]) -> Callable[..., None]:
         Raises:
             RuntimeError: logits that a row of more than `topk_tokens` tokens needs were not computed.
         """
-        made_for = getattr(logits, MARK, None)
-        if made_for == topk_tokens:
+        made_for = getattr(logits, MARK, seams.Selection())
+        if made_for.k == topk_tokens:
             ops.topk_indices(logits, seq_lens, topk_tokens, out=topk_indices)
-        elif made_for is None or made_for < topk_tokens:  # what was not computed is all kept, by vLLM's kernels too
+        elif made_for.left_out <= topk_tokens:  # what was not computed is all kept, by vLLM's kernels too
             stock(logits, seq_lens, next_n, topk_indices, topk_tokens, max_seq_len)
         else:
             raise RuntimeError(
-                f"MQA SM90: topk_tokens: expected {made_for}, the index_topk of the model's configuration, for which the "
+                f"MQA SM90: topk_tokens: expected {made_for.k}, of the model's configuration, for which the "
                 f"logits were computed, given {topk_tokens}: name vLLM's top-k with --sparse-indexer-topk-backend, "
                 "or start the server with MQA_SM90=off"
             )
