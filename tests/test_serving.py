@@ -27,7 +27,7 @@ from vllm_mqa_sm90 import ops, reference, seams, wrappers
 from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, speculative_config
 
-KS = (0, 1, 2, 3, 5)  # speculative tokens; with five, two consumers share a group
+KS = (0, 1, 2, 3, 5, 9)  # speculative tokens; with five, two consumers share a group; with nine, a request has two
 MODES = {"plugin": "require", "stock": "off"}
 CHUNK = 512  # tokens of a prompt in one step, where there are other requests
 START_SECONDS = 420
@@ -35,9 +35,11 @@ TOLERANCE = 1e-6
 
 
 def serve(scratch: Path, name: str, k: int, mode: str, *arguments: str) -> Server:
-    """A server with `k` speculative tokens, taken from the greedy drafts of the model's own MTP layer."""
+    """A server with `k` speculative tokens, taken from the greedy drafts of the model's own MTP layer; of more than a group
+    has rows, from what followed the last token before."""
     if k:
-        arguments += "--speculative-config", json.dumps(speculative_config(k))
+        ngram = {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+        arguments += "--speculative-config", json.dumps(speculative_config(k) if k < ops.MAX_NEXT_N else ngram)
     return start(
         scratch,
         name,
@@ -85,18 +87,18 @@ def prompt(length: int) -> list[int]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*(f"plugin-{k}" for k in KS), "graphs-2"])
+@pytest.mark.parametrize("name", [*(f"plugin-{k}" for k in KS), "graphs-2", "graphs-9"])
 def test_decodes_natively(servers: dict[str, Server], name: str) -> None:
     server, k = servers[name], int(name[-1])
     before = call(server, "mqa_sm90_report")
     assert before["taken_over"] and before["num_speculative_tokens"] == k
     assert before["topk"] == (TOP_K if seams.hands_over_topk() else 0)
-    assert len(before["layers"]) == (5 if k else 4)  # with the MTP layer
+    assert len(before["layers"]) == (5 if 0 < k < ops.MAX_NEXT_N else 4)  # with the MTP layer
     (tokens,) = complete(server, "Native decoding on Hopper:", 24)
     assert len(tokens) == 24
     launches = {n: count - before["launches"][n] for n, count in call(server, "mqa_sm90_report")["launches"].items()}
     # Each step brings 1 to k + 1 tokens, in four layers at least.
-    assert launches[str(k + 1)] >= 4 * (23 // (k + 1))
+    assert launches[str(min(k + 1, ops.MAX_NEXT_N))] >= 4 * (23 // (k + 1))
 
 
 @pytest.mark.gpu
@@ -137,16 +139,17 @@ def agreeing(text: str) -> dict[str, Any]:
 def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], name: str) -> None:
     """And the selection from them is torch.topk's, in each layer and step."""
     server, next_n = servers[name], int(name[-1]) + 1
+    kind, of_op = (str(next_n), next_n) if next_n <= ops.MAX_NEXT_N else ("ragged", 1)
     call(server, "mqa_sm90_start_comparing")
     for length in 200, 1500, 2040, 3000, 12000:
         complete(server, prompt(length), 24)
     found = comparison(server)
-    assert found["agreements"][f"{next_n}/above"]["rows"] > 100
+    assert found["agreements"][f"{kind}/above"]["rows"] > 100
     if seams.hands_over_topk():  # of contexts that are kept whole there are no logits
-        selected = found["selections"][str(next_n)]
+        selected = found["selections"][str(of_op)]
         assert selected["chosen"] > 100 and selected["rows"] - selected["chosen"] > 100
     else:
-        assert found["agreements"][f"{next_n}/below"]["rows"] > 100 and not found["selections"]
+        assert found["agreements"][f"{kind}/below"]["rows"] > 100 and not found["selections"]
 
 
 @pytest.mark.gpu
