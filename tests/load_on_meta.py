@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds vLLM's own model classes for a checkpoint on the meta device, as if on an H100, and loads its tensors.
 
-`load_on_meta.py DIR ARCH` prints a JSON line: architecture, tokenizer mode, and for target and draft the parameters that
-no tensor filled. A tensor that no parameter wants fails the load. DIR needs config and tokenizer, no weights.
+`load_on_meta.py DIR ARCH` prints a JSON line: architecture, tokenizer mode, and for target and draft the parameters
+that no tensor filled, apart from what a drafter takes from the target. A tensor that no parameter wants fails the load.
+DIR needs config and tokenizer, no weights.
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
 
-os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # asks a driver
 
 import torch
 import vllm.platforms
@@ -47,6 +50,14 @@ class Hopper(NonNvmlCudaPlatform):
         pass
 
 
+class Unwanted(logging.Handler):
+    """Fails where a model says that it passes over a tensor, and goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Skipping unknown"):
+            raise ValueError(record.getMessage())
+
+
 class Stream:
     """Stands for the stream of the shared experts."""
 
@@ -58,26 +69,39 @@ def main(directory: str, arch: str) -> None:
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.worker.workspace import init_workspace_manager
 
-    speculative = speculative_config(SPECULATIVE_TOKENS, ACCEPTANCE_RATES)
+    architecture = ARCHITECTURES[arch]
+    if architecture.method == "dspark":
+        # The runner that has it, which vLLM would choose were there a driver.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    arguments = [directory, "--max-model-len", "8192", *architecture.arguments]
     # vLLM before 0.30 does not choose V4's cache by itself.
-    cache = "fp8" if arch == "v4" else "auto"
-    engine = EngineArgs(model=directory, max_model_len=8192, kv_cache_dtype=cache, speculative_config=speculative)
-    config = engine.create_engine_config()
+    arguments += ["--kv-cache-dtype", "fp8"] if arch == "v4" else []
+    speculative = speculative_config(SPECULATIVE_TOKENS, ACCEPTANCE_RATES, architecture.method)
+    arguments += ["--speculative-config", json.dumps(speculative)]
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    config = EngineArgs.from_cli_args(parser.parse_args(["--model", *arguments])).create_engine_config()
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
 
     on_disk = json.loads(Path(directory, "config.json").read_text())
-    tensors = [tensor for shard in ARCHITECTURES[arch].shards(on_disk) for tensor in shard]
+    tensors = [tensor for shard in architecture.shards(on_disk) for tensor in shard]
     platform.device_type = "meta"
+    init_workspace_manager(torch.device("meta"))
     torch.set_default_dtype(torch.bfloat16)
+    logging.getLogger("vllm").addHandler(Unwanted())
     unfilled = {}
     for role, model_config in ("target", config.model_config), ("draft", config.speculative_config.draft_model_config):
         with torch.device("meta"):
             model = initialize_model(config, model_config=model_config)
         loaded = model.load_weights((t.name, torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta")) for t in tensors)
-        unfilled[role] = sorted(dict(model.named_parameters()).keys() - loaded)
+        owned = {"embed_tokens.weight": "has_own_embed_tokens", "lm_head.weight": "has_own_lm_head"}
+        borrowed = tuple(name for name, owns in owned.items() if not getattr(model, owns, True))
+        names = dict(model.named_parameters()).keys() - loaded
+        unfilled[role] = sorted(name for name in names if not name.endswith(borrowed))
     facts = {"architecture": config.model_config.architecture, "tokenizer_mode": config.model_config.tokenizer_mode}
     print(json.dumps({**facts, "unfilled": unfilled}))
 

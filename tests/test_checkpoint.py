@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vllm_mqa_sm90 import checkpoint, cli, seams
-from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor, has_indexer
+from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor, has_indexer, text
 from vllm_mqa_sm90.checkpoint import fill, make_checkpoint
 
 # The same structure with a thousandth of the numbers.
@@ -30,18 +30,25 @@ SMALL = {
     "hidden_size": 512, "moe_intermediate_size": 64, "q_lora_rank": 128, "num_attention_heads": 4, "index_n_heads": 16,
     "n_routed_experts": 16,
 }  # fmt: skip
-SMALL_OF = {
-    "v32": {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4},
-    "glm": {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4},
-    "v4": {**SMALL, "o_lora_rank": 128},
-}
+LATENT = {**SMALL, "intermediate_size": 256, "kv_lora_rank": 128, "num_key_value_heads": 4}
+SMALL_OF = {"v32": LATENT, "glm": LATENT, "v4": {**SMALL, "o_lora_rank": 128}, "glm53": LATENT, "hyv4": LATENT}
+
+
+def shrink(patch: pytest.MonkeyPatch, arch: str = "v32") -> None:
+    """From now on `arch` is small."""
+    architecture = ARCHITECTURES[arch]
+
+    def config(layers: int, experts: int) -> dict:
+        found = architecture.config(layers, experts)
+        text(found).update(SMALL_OF[arch])
+        return found
+
+    patch.setitem(ARCHITECTURES, arch, replace(architecture, config=config))
 
 
 def make_small(directory: Path, arch: str, layers: int) -> Path:
-    architecture = ARCHITECTURES[arch]
-    shrunken = replace(architecture, config=lambda *sizes: {**architecture.config(*sizes), **SMALL_OF[arch]})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, arch, shrunken)
+        shrink(patch, arch)
         make_checkpoint(directory, arch, layers, experts=16)
     return directory
 
@@ -74,6 +81,12 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def lacking(arch: str) -> pytest.MarkDecorator:
+    """Skips where the installed vLLM has no such model."""
+    since = ARCHITECTURES[arch].since
+    return pytest.mark.skipif(seams.release() < since, reason=f"{arch}: vLLM has it from {since[0]}.{since[1]} on")
+
+
 @pytest.mark.parametrize(
     "arch, layers, architecture, tokenizer_mode",
     [
@@ -82,6 +95,15 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
         ("glm", 4, "GlmMoeDsaForCausalLM", "auto"),
         ("v4", 1, "DeepseekV4ForCausalLM", "deepseek_v4"),
         ("v4", 4, "DeepseekV4ForCausalLM", "deepseek_v4"),
+        *(
+            pytest.param(arch, layers, architecture, mode, marks=lacking(arch))
+            for layers in (1, 4)
+            for arch, architecture, mode in (
+                ("v41", "DeepseekV41ForCausalLM", "deepseek_v41"),
+                ("glm53", "Glm5NextForCausalLM", "auto"),
+                ("hyv4", "HYV4ForCausalLM", "auto"),
+            )
+        ),
     ],
 )
 def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
@@ -89,7 +111,7 @@ def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
 ) -> None:
     config = ARCHITECTURES[arch].config(layers, 32)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    checkpoint.make_tokenizer(config["vocab_size"]).save_pretrained(tmp_path)
+    checkpoint.make_tokenizer(text(config)["vocab_size"]).save_pretrained(tmp_path)
     script = Path(__file__).with_name("load_on_meta.py")
     env = {**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"}
     done = subprocess.run([sys.executable, script, tmp_path, arch], env=env, capture_output=True, text=True)
@@ -138,6 +160,62 @@ def test_shapes_are_those_of_one_rank_of_eight() -> None:
     assert shapes["head.weight"] == (129280 // 8, 4096)
     assert "layers.0.ffn.gate.tid2eid" in shapes and "layers.1.ffn.gate.bias" in shapes
     assert "mtp.0.h_proj.weight" in shapes
+
+    shapes = shapes_of("v41", layers=4)
+    # DeepSeek-V4.1-Flash has 64 heads of 512 in 8 groups, and an indexer of 32 heads with keys made of those of 512.
+    assert shapes["layers.2.attn.wq_b.weight"] == (64 // 8 * 512, 1280)
+    assert shapes["layers.2.attn.indexer.wq_b.weight"] == (32 * 128, 1280)
+    assert shapes["layers.2.attn.indexer.wk.weight"] == (128, 512)
+    assert shapes["layers.2.ffn.experts.31.w2.weight"] == (5120, 256)  # an eighth is 288
+    assert shapes["head.weight"] == (129280 // 8, 5120)
+    assert shapes["mtp.0.main_proj.weight"] == (5120, 3 * 5120)
+    assert shapes["mtp.2.markov_head.head.weight"] == (129280 // 8, 256)
+
+    shapes = shapes_of("glm53", layers=4)
+    attention = "model.layers.3.self_attn."
+    # GLM-5.3-Flash has 64 heads of 256, nothing rotated, an indexer of 32 heads, and 64 heads of 128 without a cache.
+    assert shapes[attention + "q_b_proj.weight"] == (64 // 8 * 256, 1536)
+    assert shapes[attention + "kv_a_proj_with_mqa.weight"] == (512, 4096)
+    assert shapes[attention + "indexer.wq_b.weight"] == (32 * 128, 1536)
+    assert shapes[attention + "indexer.index_kpool_compress_ape"] == (4, 128)
+    assert shapes["model.layers.2.self_attn.k_proj.weight"] == (64 // 8 * 128, 4096)
+    assert shapes["model.layers.2.mlp.experts.31.down_proj.weight"] == (4096, 2048 // 8)
+    assert shapes["lm_head.weight"] == (154880 // 8, 4096)
+    assert "model.layers.4.eh_proj.weight" in shapes
+
+    shapes = shapes_of("hyv4", layers=4)
+    attention = "model.layers.1.self_attn."
+    # Hy4-preview has 64 heads of 192 + 64 and 256, and an indexer of 32 heads.
+    assert shapes[attention + "q_b_proj.weight"] == (64 // 8 * (192 + 64), 2048)
+    assert shapes[attention + "linear_gate.weight"] == (64 // 8 * 256, 6144)
+    assert shapes[attention + "indexer.wq_b.weight"] == (32 * 128, 2048)
+    assert shapes["model.layers.2.mlp.experts.gate_up_proj"] == (32, 2 * 2048 // 8, 6144)
+    assert shapes["lm_head.weight"] == (120832 // 8, 6144)
+    assert "model.mtp_layers.0.eh_proj.weight" in shapes
+
+
+def with_tensor(arch: str, layers: int, part: str) -> set[str]:
+    """The layers that have such a tensor."""
+    return {name[: name.index(part)].split(".")[-1] for name in shapes_of(arch, layers) if part in name}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 9, 20])
+def test_layers_of_v41_choose_among_keys_and_candidates_of_earlier_ones(layers: int) -> None:
+    c = text(ARCHITECTURES["v41"].config(layers, 16))
+    keys, indexers, first = c["kv_source_layer_ids"], c["index_source_layer_ids"], c["candidate_source_layer_id"]
+    assert keys[0] == indexers[0] == 0 and set(keys) <= set(indexers) and max(indexers) < layers
+    # The candidates are of the keys that all later indexers choose from, and those of every token.
+    assert first == keys[-1] and c["compress_ratios"] == [2] * first + [1] * (layers - first)
+    assert layers <= 2 or max(indexers) > first
+    assert with_tensor("v41", layers, ".attn.indexer.wk.") == {str(layer) for layer in keys}
+    assert with_tensor("v41", layers, ".attn.indexer.wq_b.weight") == {str(layer) for layer in indexers}
+    assert with_tensor("v41", layers, ".attn.compressor.wgate.") == {str(layer) for layer in keys if layer != first}
+
+
+def test_layers_of_glm53_and_hyv4_have_indexers_as_released() -> None:
+    assert with_tensor("glm53", 9, ".self_attn.indexer.wk.") == {"3", "7", "8", "9"}  # the last two: last layer and MTP
+    assert with_tensor("glm53", 9, ".self_attn.k_conv1d.") == {"0", "1", "2", "4", "5", "6"}
+    assert with_tensor("hyv4", 12, ".self_attn.indexer.wk.") == {"0", "1", "5", "9"}  # and MTP, whose is 0, too
 
 
 def test_layers_of_v4_compress_in_turn() -> None:
@@ -234,7 +312,39 @@ def v4_model(directory: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("arch, load", [("v32", v32_model), ("glm", glm_model), ("v4", v4_model)])
+def glm53_model(directory: Path) -> torch.nn.Module:
+    """The language model below an encoder of nothing: Transformers has it with one alone."""
+    from transformers import Glm5NextForConditionalGeneration
+
+    config = json.loads((directory / "config.json").read_text())
+    encoder = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
+    width = {"projection_intermediate_size": 64, "out_hidden_size": config["text_config"]["hidden_size"]}
+    config["vision_config"] = encoder | width
+    nested = directory.with_name("nested")
+    nested.mkdir()
+    weights = tensors_of(directory)
+    weights = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in weights.items()}
+    save_file(weights, nested / "model.safetensors", metadata={"format": "pt"})
+    (nested / "config.json").write_text(json.dumps(config))
+    load = Glm5NextForConditionalGeneration.from_pretrained
+    model, report = load(nested, dtype=torch.bfloat16, output_loading_info=True)
+    assert all(name.startswith("model.visual.") for name in report["missing_keys"]) and not report["mismatched_keys"]
+    model.config.vocab_size = config["text_config"]["vocab_size"]
+    return model
+
+
+def hyv4_model(directory: Path) -> torch.nn.Module:
+    from transformers import HYV4ForCausalLM
+
+    model, report = HYV4ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model
+
+
+LOADS = {"v32": v32_model, "glm": glm_model, "v4": v4_model, "glm53": glm53_model, "hyv4": hyv4_model}
+
+
+@pytest.mark.parametrize("arch, load", LOADS.items())
 def test_logits_are_finite_and_follow_the_context(tmp_path: Path, arch: str, load) -> None:
     """The target as Transformers computes it."""
     model = load(make_small(tmp_path / "model", arch, layers=4))
@@ -287,7 +397,14 @@ def test_tokenizer_has_a_text_for_each_row_of_the_head(tokenizer) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v32:DeepseekV32Tokenizer", "deepseek_v4:DeepseekV4Tokenizer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek_v32:DeepseekV32Tokenizer",
+        "deepseek_v4:DeepseekV4Tokenizer",
+        pytest.param("deepseek_v41:DeepseekV41Tokenizer", marks=lacking("v41")),
+    ],
+)
 def test_chat_template_and_vllms_own_encoding_agree(small: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
@@ -371,12 +488,6 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, caps
     assert not (tmp_path / "model").exists()
 
 
-def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    architecture = ARCHITECTURES["v32"]
-    config = lambda *sizes: {**architecture.config(*sizes), **SMALL_OF["v32"]}  # noqa: E731
-    monkeypatch.setitem(ARCHITECTURES, "v32", replace(architecture, config=config))
-
-
 def test_the_size_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(monkeypatch)
     seen = []
@@ -456,5 +567,5 @@ def test_what_a_killed_run_left_is_replaced(tmp_path: Path, capsys, monkeypatch:
 
 
 def test_unknown_architecture_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="arch: expected one of v32, glm, v4, got 'v9'"):
+    with pytest.raises(ValueError, match="arch: expected one of v32, glm, v4, v41, glm53, hyv4, got 'v9'"):
         make_checkpoint(tmp_path / "model", arch="v9")

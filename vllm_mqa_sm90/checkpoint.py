@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_mqa_sm90 import stopping
-from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor
+from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor, text
 
 if TYPE_CHECKING:  # seconds that a command's help need not wait
     import torch
@@ -140,7 +140,7 @@ def make_checkpoint(
     Args:
         directory: created if need be; must be empty, or hold what a killed run left, which is replaced.
         arch: a key of `ARCHITECTURES`.
-        layers: at least 1, the MTP layer comes on top.
+        layers: at least 1, the MTP layer (or DSpark's layers) comes on top.
         experts: routed experts per layer, a multiple of 8 from 16 to 256.
         progress: called with the bytes done and those of all weights, first before anything is written.
 
@@ -167,7 +167,7 @@ def make_checkpoint(
         progress(0, total)
         weight_map = _write_shards(directory, shards, seed, _Count(sizes, progress))
         written = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        make_tokenizer(config["vocab_size"]).save_pretrained(directory)
+        make_tokenizer(text(config)["vocab_size"]).save_pretrained(directory)
         _write_json(directory / INDEX, {"metadata": {"total_size": written, "weights": RANDOM}, "weight_map": weight_map})
         # Last: a directory with a config.json is a complete checkpoint.
         _write_json(directory / "config.json", config)
@@ -303,12 +303,12 @@ def add_parser(subparsers: Any) -> None:
         "make-checkpoint",
         help="write a small random DSA checkpoint that vllm serve can run",
         description="Writes config, tokenizer and random weights of a DSA model with few layers and the shapes "
-        "of one tensor-parallel rank (of 8), MTP layer included. Needs an installed vLLM's libraries, no GPU, no network.",
+        "of one tensor-parallel rank (of 8), MTP layer or other drafter included. Needs an installed vLLM's libraries, no GPU, no network.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to write; created if need be, must be empty")
     released = "; ".join(f"{name}: {architecture.released}" for name, architecture in ARCHITECTURES.items())
     parser.add_argument("--arch", choices=ARCHITECTURES, default="v32", help=f"{released} (default: v32)")
-    parser.add_argument("--layers", type=int, default=4, help=f"layers besides the MTP layer, {_LAYERS} (default: 4)")
+    parser.add_argument("--layers", type=int, default=4, help=f"layers besides the drafter's, {_LAYERS} (default: 4)")
     parser.add_argument("--experts", type=int, default=32, help=f"routed experts a layer, {_EXPERTS} (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     parser.set_defaults(func=_run)
@@ -341,5 +341,5 @@ def _run(args: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"vllm-mqa-sm90 make-checkpoint: {error}", file=sys.stderr)
         return 2
-    print(f"{args.directory}: {args.arch}, {args.layers} layers and an MTP layer, {args.experts} experts, {total / 1e9:.1f} GB")
+    print(f"{args.directory}: {args.arch}, {args.layers} layers and the drafter's, {args.experts} experts, {total / 1e9:.1f} GB")
     return 0

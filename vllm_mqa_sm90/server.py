@@ -69,13 +69,13 @@ def vllm_serve(model: Path, port: int, *arguments: str) -> list[str]:
     return [*command, "--host", "127.0.0.1", "--port", str(port), *arguments]
 
 
-def speculative_config(tokens: int, acceptance: Sequence[float] | None = None) -> dict[str, Any]:
-    """vLLM's --speculative-config for `tokens` tokens a step from the model's own MTP layer.
+def speculative_config(tokens: int, acceptance: Sequence[float] | None = None, method: str = "mtp") -> dict[str, Any]:
+    """vLLM's --speculative-config for `tokens` tokens a step from the model's own MTP layer, or what `method` names.
 
     acceptance: the share of drafts accepted up to each position, for vLLM's synthetic acceptance, which stands in where
     drafts mean nothing; None: the model's own.
     """
-    config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": tokens}
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": tokens}
     if acceptance is not None:
         config |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": list(acceptance[:tokens])}
     return config

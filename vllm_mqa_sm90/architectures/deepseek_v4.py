@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_mqa_sm90.architectures.tensors import FP8_BLOCK, TP_SIZE, Tensor, fp8, fp8_mlp, hyper_connection
+from vllm_mqa_sm90.architectures.tensors import FP8_BLOCK, TP_SIZE, Tensor, fp8, fp8_mlp, hyper_connection, streams
 
 
 def v4_config(layers: int, experts: int) -> dict[str, Any]:
@@ -106,6 +106,8 @@ def v4_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
 
 def _v4_layer(config: dict[str, Any], prefix: str, layer: int) -> Iterator[Tensor]:
     c, attn, ratio = config, prefix + "attn.", config["compress_ratios"][layer]
+    for part in "attn", "ffn":
+        yield Tensor(f"{prefix}{part}_norm.weight", (c["hidden_size"],), gain=None)
     yield from streams(prefix, c)
     yield from shared_key_attention(attn, c)
     if ratio:
@@ -123,15 +125,6 @@ def _v4_layer(config: dict[str, Any], prefix: str, layer: int) -> Iterator[Tenso
     else:
         yield Tensor(ffn + "gate.bias", (experts,), gain=0.0, dtype="float32")
     yield from fp8_mixture(ffn, c, experts)
-
-
-def streams(prefix: str, config: dict[str, Any]) -> Iterator[Tensor]:
-    """The norms of a layer's two parts, and what joins each part to the residual streams."""
-    for part in "attn", "ffn":
-        yield Tensor(f"{prefix}{part}_norm.weight", (config["hidden_size"],), gain=None)
-        # For each stream: how much of it goes in, of the result comes back, and of every stream stays.
-        mixes = (2 + config["hc_mult"]) * config["hc_mult"]
-        yield from hyper_connection(f"{prefix}hc_{part}", config, mixes, scales=3)
 
 
 def shared_key_attention(attn: str, config: dict[str, Any]) -> Iterator[Tensor]:

@@ -56,3 +56,11 @@ def hyper_connection(prefix: str, config: dict[str, Any], mixes: int, scales: in
     yield Tensor(prefix + "_fn", (mixes, config["hc_mult"] * config["hidden_size"]), dtype="float32")
     yield Tensor(prefix + "_base", (mixes,), gain=0.0, dtype="float32")
     yield Tensor(prefix + "_scale", (scales,), gain=None, dtype="float32")
+
+
+def streams(prefix: str, config: dict[str, Any]) -> Iterator[Tensor]:
+    """What joins a layer's two parts to the residual streams."""
+    # For each stream: how much of it goes in, of the result comes back, and of every stream stays.
+    mixes = (2 + config["hc_mult"]) * config["hc_mult"]
+    for part in "attn", "ffn":
+        yield from hyper_connection(f"{prefix}hc_{part}", config, mixes, scales=3)
