@@ -33,8 +33,6 @@ from no_gpu import (  # noqa: F401 (fixtures)
     schedules,
     without_slot_mapping,
 )
-from vllm.v1.attention.backend import AttentionCGSupport
-
 from vllm_mqa_sm90 import backend, ops, reference, seams, support, wrappers
 
 RELEASE = seams.release()
@@ -92,7 +90,17 @@ def test_requests_of_more_rows_are_cut_into_groups(
     plan = plan_of(decode.seq_lens.view(-1), query_start_loc=step.query_start_loc, max_rows=ops.MAX_NEXT_N)
     assert torch.equal(decode.schedule_metadata, plan)
     assert not schedules
-    assert type(builder).get_cudagraph_support(config, make_spec()) == AttentionCGSupport.ALWAYS
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 12])
+def test_cuda_graphs_hold_no_more_than_vllms(schedules: list[Any], tokens: int) -> None:
+    """Else one that was captured of decodes may replay over a prefill."""
+    config = make_config(tokens)
+    add_cache(config)
+    builder, stock = seams.resolve(seams.BUILDER_OF_BACKEND)(), seams.resolve(seams.STOCK_BUILDER)
+    ours, theirs = (of.get_cudagraph_support(config, make_spec()) for of in (builder, stock))
+    assert ours.value <= theirs.value
+    assert ours == theirs or 3 <= tokens + 1 <= ops.MAX_NEXT_N  # where vLLM flattens
 
 
 @pytest.mark.skipif(RELEASE < (0, 30), reason="the op calls its top-k's CUDA kernels itself")
@@ -227,9 +235,9 @@ if RELEASE >= (0, 29):
     ("axis", "cache", "release", "reason"),
     [
         ("prefill", V32, (0, 33), "prefill context parallelism is on, for which the kernel is not proven"),
-        ("decode", V32, (0, 28), "which the model's attention cannot on Hopper before vLLM 0.29"),
+        ("decode", V32, (0, 28), "which the attention cannot on Hopper before vLLM 0.29"),
         ("decode", V32, (0, 29), None),
-        ("decode", V4, (0, 33), "which the model's attention cannot on Hopper$"),
+        ("decode", V4, (0, 33), "for which the kernel is not proven with this model"),
         (None, V41, (0, 29), "the model is taken over from vLLM 0.30 on"),
         (None, KPOOL, (0, 32), "the model is taken over from vLLM 0.33 on"),
         (None, "other.Cache", (0, 33), "one that this version does not know: other.Cache"),
@@ -353,6 +361,33 @@ if RELEASE >= (0, 33):
         assert called[0]["k"] == K and called[0]["rows"] == rows
         assert not schedules
 
+    @pytest.mark.parametrize(
+        ("tokens", "context", "query", "padded"),
+        [
+            (0, [300, 1, 7, 3000], [1] * 4, None), (3, [300, 5, 9, 3000], [4] * 4, None),
+            (3, [300, 1, 9, 3000], [4, 1, 2, 4], None), (9, [300, 11, 4000], [10, 3, 10], 24), (3, [300, 70, 0], [4, 4, 0], 12),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("interleave", [4, 64])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_parallel_ranks_of_glm53_see_the_pools_that_they_have(
+        kpool_op: Any, schedules: list[Any], monkeypatch: pytest.MonkeyPatch, tokens: int, context: list[int], query: list[int],
+        padded: int | None, interleave: int, rank: int,
+    ) -> None:  # fmt: skip
+        make_rank(monkeypatch, rank)
+        config = parallel_config(tokens, 2, interleave, heads=16, index_topk=4 * K)
+        config.model_config.hf_text_config.index_kpool = 4
+        layer = add_cache(config, KPOOL, "Glm5NextIndexerBackend")
+        builder = make_builder(config, make_spec(block_size=256, compression=4), layer)
+        assert builder.refusal is None and wrappers.steps.selection == seams.Selection(K, left_out=0)
+        with without_slot_mapping():
+            decode = builder.build(0, parallel_step(context, query, 2, rank, interleave, padded)).decode
+        lens = [max(length - bring + 1 + row, 0) for length, bring in zip(context, query) for row in range(bring)]
+        lens += [0] * (len(decode.seq_lens.flatten()) - len(lens))
+        pools = [sum(first // interleave % 2 == rank for first in range(0, length // 4 * 4, 4)) for length in lens]
+        assert decode.seq_lens.flatten().tolist() == pools
+        assert k_of(decode.schedule_metadata) == 0 and not schedules
+
     def test_another_op_of_glm53_is_left_to_vllm(
         kpool_op: Any, schedules: list[Any], log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -371,6 +406,13 @@ if RELEASE >= (0, 33):
 def test_table_of_support_is_the_readmes() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert "\n".join(support.table()) + "\n" in readme
+
+
+@pytest.mark.parametrize("cache", support.CACHES)
+def test_table_has_all_that_is_taken_over(cache: str) -> None:
+    modes = " ".join(row.mode for row in support.TABLE if row.cache == cache)
+    assert "any number of drafts" in modes or ("0 to 7 drafts" in modes and "8 drafts or more" in modes)
+    assert "decode context parallelism" in modes
 
 
 @pytest.mark.parametrize("row", support.TABLE, ids=lambda row: f"{row.model}, {row.mode}")

@@ -100,8 +100,9 @@ def make_backend() -> type:
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
             # The spec's pages may yet be split for the kernel: the configuration alone decides here.
             taken = refusal(cls, vllm_config) is None
-            if taken and _always_ragged(vllm_config):
+            if taken and _adapts(vllm_config):
                 return seams.resolve(seams.CUDAGRAPH_SUPPORT).ALWAYS
+            # More would have vLLM capture prefills, too, whose metadata have no decode part.
             with wrappers.as_builder(cls if taken else None):
                 return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
@@ -285,11 +286,14 @@ def make_backend() -> type:
     return MqaSm90IndexerBackend
 
 
+def _adapts(vllm_config: Any) -> bool:
+    """Whether vLLM trims the requests' query lengths on the device, and captures CUDA graphs for any of them."""
+    return getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
+
+
 def _always_ragged(vllm_config: Any) -> bool:
-    """Whether every step is a ragged one, and CUDA graphs are captured for any requests: as vLLM trims their query lengths
-    on the device, or as a uniform step's groups would be wider than the kernel's."""
-    adapts = getattr(vllm_config.speculative_config, "enable_adaptive_verification", False)
-    return adapts or seams.speculative_tokens(vllm_config) + 1 > ops.MAX_NEXT_N
+    """Whether every step is a ragged one: also where a uniform step's groups would be wider than the kernel's."""
+    return _adapts(vllm_config) or seams.speculative_tokens(vllm_config) + 1 > ops.MAX_NEXT_N
 
 
 def _refuse(reason: str) -> None:

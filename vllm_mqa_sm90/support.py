@@ -18,7 +18,7 @@ class Cache:
     Attributes:
         since: first release in which they have.
         op: module of the op that runs them.
-        dcp: first release in which decode context parallelism works for them on Hopper; None: none.
+        dcp: first release in which decode context parallelism works for them on Hopper; None: none, or not proven.
     """
 
     since: Release = OLDEST
@@ -52,9 +52,10 @@ def problem(caches: Iterable[str], *, dcp: bool, pcp: bool) -> str | None:
             return f"the model's indexer cache is one that this version does not know: {path}"
         if release < cache.since:
             return f"the model is taken over from vLLM {_named(cache.since)} on: {path}"
-        if dcp and (cache.dcp is None or release < cache.dcp):
-            since = f" before vLLM {_named(cache.dcp)}" if cache.dcp else ""
-            return f"decode context parallelism is on, which the model's attention cannot on Hopper{since}"
+        if dcp and cache.dcp is None:
+            return f"decode context parallelism is on, for which the kernel is not proven with this model: {path}"
+        if dcp and release < cache.dcp:
+            return f"decode context parallelism is on, which the attention cannot on Hopper before vLLM {_named(cache.dcp)}"
         if (found := seams.op_problem(cache.op)) is not None:
             return found
     return None
@@ -104,6 +105,8 @@ class Mode:
 
 _V32, _V4, _V41, _KPOOL = CACHES
 _NO_DCP = "FlashMLA's sparse attention cannot"
+_NO_MODEL = "vLLM has no such model"
+_KPOOL_BEFORE = "no such model, or its op takes DeepGEMM another way"
 
 TABLE = (
     Mode(_V32, "DeepSeek-V3.2", "0 to 7 drafts", OLDEST, (
@@ -114,12 +117,18 @@ TABLE = (
     )),
     Mode(_V32, "DeepSeek-V3.2, GLM-5.2", "8 drafts or more", OLDEST),
     Mode(_V32, "DeepSeek-V3.2, GLM-5.2", "decode context parallelism", (0, 29), stock=_NO_DCP),
+    # Its configuration's default of 16 heads would fail in vLLM's prefill; the released model has 32.
+    Mode(_V32, "Hy4", "any number of drafts", (0, 29), stock=_NO_MODEL),
+    Mode(_V32, "dots3-note", "any number of drafts", (0, 28), stock=_NO_MODEL),
     Mode(_V4, "DeepSeek-V4", "0 to 7 drafts", OLDEST, (Served((0, 33), "H100", "2026-11-25"),)),
+    Mode(_V4, "DeepSeek-V4", "8 drafts or more", OLDEST),
     Mode(_V4, "DeepSeek-V4", "adaptive verification of drafts", (0, 29), (Served((0, 33), "H100", "2026-11-25"),),
          stock="vLLM's indexer refuses it on Hopper"),
     Mode(_V4, "DeepSeek-V4", "decode context parallelism", None, stock="vLLM refuses it"),
-    Mode(_V41, "DeepSeek-V4.1", "any number of drafts", (0, 30), stock="vLLM has no such model"),
-    Mode(_KPOOL, "GLM-5.3", "any number of drafts", (0, 33), stock="no such model, or its op takes DeepGEMM another way"),
+    Mode(_V41, "DeepSeek-V4.1", "any number of drafts", (0, 30), stock=_NO_MODEL),
+    Mode(_V41, "DeepSeek-V4.1", "decode context parallelism", None, stock="not proven"),
+    Mode(_KPOOL, "GLM-5.3", "any number of drafts", (0, 33), stock=_KPOOL_BEFORE),
+    Mode(_KPOOL, "GLM-5.3", "decode context parallelism", (0, 33), stock=_KPOOL_BEFORE),
     Mode("", "any", "prefill context parallelism", None, stock="not proven"),
     Mode("", "any", "FP4 caches", None, stock="another format"),
 )  # fmt: skip
