@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers of the models that share the indexer: GLM-5.2, DeepSeek-V4, and V4 with adaptive verification of its drafts.
+"""Servers of the models that share the indexer: GLM-5.2 and 5.3, DeepSeek-V4 and V4.1, Hy4, and V4 with adaptive
+verification of its drafts.
 
-Those of the chosen tests alone are started, together: `-k glm`, `-k "v4-2 or v4-adaptive"`.
+Those of the chosen tests alone are started, together: `-k glm`, `-k "v4-2 or v4-adaptive"`, `-k v41-5`.
 """
 
 import contextlib
@@ -18,14 +19,17 @@ from servers import MODEL, call, completion, start, wait_ready, wanted
 from test_serving import CHUNK, comparison, complete, prompt
 
 from vllm_mqa_sm90 import seams
+from vllm_mqa_sm90.architectures import ARCHITECTURES
 from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, speculative_config
 
 START_SECONDS = 500  # V4's kernels are compiled at the first start
 V4 = ("--kv-cache-dtype", "fp8", "--block-size", "256")
-MODELS = {"glm": (), "v4": V4}
-KS = (0, 1, 2, 3)  # speculative tokens
-ADAPTIVE = "v4-adaptive"
+# Speculative tokens of each model's servers.
+MODELS = {"glm": (0, 1, 2, 3), "v4": (0, 1, 2, 3), "v41": (0, 5, 7), "glm53": (0, 2, 3), "hyv4": (0, 2)}
+# Of contexts that are kept whole: V4.1 selects 512.
+SHORT = {"v41": (60, 200, 400), "glm53": (65, 700, 1990), "hyv4": (65, 700, 1990)}
+ADAPTIVE, MANY = "v4-adaptive", "v4-many"
 # A drafter with its own head, on two of the four layers' outputs; vLLM fills in its weights, and all others.
 DSPARK = {
     "dspark_block_size": 3,
@@ -36,13 +40,13 @@ DSPARK = {
 }
 
 
-def serve(scratch: Path, name: str, model: str, *arguments: str, tokens: int = 2048) -> Server:
+def serve(scratch: Path, name: str, model: str, *arguments: str, tokens: int = 2048, mode: str = "require") -> Server:
     """`tokens`: of a step."""
     return start(
         scratch,
         name,
         model,
-        "require",
+        mode,
         "--served-model-name", MODEL,
         "--max-model-len", "16384",
         "--max-num-seqs", "8",
@@ -56,34 +60,60 @@ def serve(scratch: Path, name: str, model: str, *arguments: str, tokens: int = 2
 
 
 def serve_model(scratch: Path, name: str) -> Server:
-    """Of a model and with so many speculative tokens as the name says: `glm-2`."""
-    arch, k = name.split("-")
+    """Of a model and with so many speculative tokens as the name says, `glm-2`; `v41-5-stock` is vLLM's own."""
+    arch, k, *side = name.split("-")
     if not (scratch / arch).exists():
         make_checkpoint(scratch / arch, arch, experts=16)
+        if arch == "v41":
+            _narrow_candidates(scratch / arch / "config.json")
     worker = "--worker-extension-cls", "comparing_worker.Extension"
-    speculative = ("--speculative-config", json.dumps(speculative_config(int(k)))) if k != "0" else ()
-    return serve(scratch, name, arch, "--enforce-eager", *worker, *speculative, *MODELS[arch])
+    drafts = speculative_config(int(k), method=ARCHITECTURES[arch].method)
+    speculative = ("--speculative-config", json.dumps(drafts)) if k != "0" else ()
+    arguments = *ARCHITECTURES[arch].arguments, *(V4 if arch == "v4" else ()), *worker, *speculative
+    return serve(scratch, name, arch, "--enforce-eager", *arguments, mode="off" if side else "require")
 
 
-def serve_adaptive(scratch: Path) -> Server:
-    make_checkpoint(scratch / ADAPTIVE, "v4", experts=16)
-    config = scratch / ADAPTIVE / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | DSPARK))
-    speculative = {"method": "dspark", "num_speculative_tokens": 3, "enable_adaptive_verification": True}
+def _narrow_candidates(file: Path) -> None:
+    """So that some are left out: the released model's 2048 blocks of 8 are all keys of these servers' contexts."""
+    config = json.loads(file.read_text())
+    config["text_config"]["candidate_topk_blocks"] = 96
+    file.write_text(json.dumps(config))
+
+
+def serve_dspark(scratch: Path, name: str) -> Server:
+    """Of V4 with a drafter of its own: with few requests and adaptive verification, or with 7 drafts of 128 requests."""
+    adaptive = name == ADAPTIVE
+    speculative = {"method": "dspark", "num_speculative_tokens": 3 if adaptive else 7, "enable_adaptive_verification": adaptive}
+    make_checkpoint(scratch / name, "v4", experts=16)
+    config = scratch / name / "config.json"
+    drafter = DSPARK | {"dspark_block_size": speculative["num_speculative_tokens"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | drafter))
+    graphs = ("--cudagraph-capture-sizes", "4", "8", "16", "32") if adaptive else ("--max-num-seqs", "128")
     return serve(
         scratch,
-        ADAPTIVE,
-        ADAPTIVE,
+        name,
+        name,
         "--load-format", "dummy",
-        "--cudagraph-capture-sizes", "4", "8", "16", "32",
+        *graphs,
         # TileLang takes ten seconds for each of its kernels, and the warm-up has it compile dozens.
         "--kernel-config", json.dumps({"enable_jit_warmup": False}),
         "--worker-extension-cls", "marking_worker.Extension",
         "--speculative-config", json.dumps(speculative),
         *V4,
         # Most steps of prefills have as many then, and kernels are compiled for how many.
-        tokens=CHUNK,
+        tokens=CHUNK if adaptive else 2048,
     )  # fmt: skip
+
+
+def lacking(name: str) -> bool:
+    """Whether the installed vLLM lacks the model, or keeps its own path for it."""
+    since = {"v41": (0, 30), "glm53": (0, 33), "hyv4": (0, 29)}
+    return seams.release() < since.get(name.split("-")[0], seams.OLDEST)
+
+
+def skip_before(name: str) -> None:
+    if lacking(name):
+        pytest.skip("this vLLM has no such model, or keeps its own path for it")
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +123,19 @@ def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
         running = {}
-        for name in wanted(request, "name"):
-            server = serve_adaptive(scratch) if name == ADAPTIVE else serve_model(scratch, name)
+        names = [*wanted(request, "name"), *wanted(request, "stock")]
+        for name in (name for name in names if not lacking(name)):
+            server = serve_dspark(scratch, name) if name in (ADAPTIVE, MANY) else serve_model(scratch, name)
             running[name] = stack.enter_context(server)
         yield running
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [f"{arch}-{k}" for arch in MODELS for k in KS])
+@pytest.mark.parametrize("name", [f"{arch}-{k}" for arch, ks in MODELS.items() for k in ks])
 def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], name: str) -> None:
     """Of uniform and of ragged steps, and the selection from them is torch.topk's. V4's eager steps skip the indexer up to
     2048 tokens: all are kept."""
+    skip_before(name)
     server, next_n = servers[name], int(name[-1]) + 1
     wait_ready([server], START_SECONDS)
     call(server, "mqa_sm90_start_comparing")
@@ -127,6 +159,21 @@ def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], na
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("name", "stock"), [(f"{arch}-{k}", f"{arch}-{k}-stock") for arch in SHORT for k in MODELS[arch][:2]])
+def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], name: str, stock: str) -> None:
+    """Contexts that the indexer keeps whole."""
+    skip_before(name)
+    pair = servers[name], servers[stock]
+    wait_ready(pair, START_SECONDS)
+    assert not call(pair[1], "mqa_sm90_report")["taken_over"]
+    for length in SHORT[name.split("-")[0]]:
+        with ThreadPoolExecutor(2) as pool:
+            (plugin,), (theirs,) = pool.map(lambda server: complete(server, prompt(length), 40), pair)
+        assert plugin == theirs
+        assert len(set(theirs)) > 1, "one token, repeated, proves nothing"
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM's indexer refuses adaptive verification on Hopper")
 @pytest.mark.parametrize("name", [ADAPTIVE])
 def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server], name: str) -> None:
@@ -142,3 +189,18 @@ def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server], 
     assert marks[RAGGED_PLAN] > before.get(RAGGED_PLAN, 0)
     assert not any(marks.get(prefix + mark, 0) for mark in (PACK, UNPACK, FLATTEN) for prefix in ("", CAPTURED))
     assert call(server, "mqa_sm90_report")["launches"]["4"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM has no DSpark for V4 on Hopper")
+@pytest.mark.parametrize("name", [MANY])
+def test_seven_drafts_of_many_requests_are_captured_and_served(servers: dict[str, Server], name: str) -> None:
+    """Whose captures have requests of one token, none of which is a compressed one."""
+    server = servers[name]
+    wait_ready([server], START_SECONDS)
+    before = call(server, "mqa_sm90_report")
+    assert before["taken_over"] and before["num_speculative_tokens"] == 7
+    lengths = 1, 3, 200, 2100, 3000
+    answers = complete(server, [prompt(length) for length in lengths], 40)
+    assert [len(answer) for answer in answers] == [40] * len(lengths)
+    assert call(server, "mqa_sm90_report")["launches"]["8"] > before["launches"]["8"]
