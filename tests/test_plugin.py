@@ -48,7 +48,7 @@ from no_gpu import (  # noqa: F401 (fixtures)
     use_platform,
     without_slot_mapping,
 )  # fmt: skip
-from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum, UnspecifiedPlatform
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
@@ -123,6 +123,20 @@ def test_no_cuda_is_untouched(log: Callable[[int], list[str]], monkeypatch: pyte
     platform._enum = PlatformEnum.CPU
     use_platform(monkeypatch, platform)
     assert_untouched("vLLM found no CUDA GPU", log, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_a_front_end_without_a_gpu_runs(log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Its engines are on other machines, where `require` holds."""
+    monkeypatch.setenv("MQA_SM90", mode)
+    use_platform(monkeypatch, UnspecifiedPlatform())
+    stock = {path: stored(path) for path in REPLACED}
+    plugin.register()
+    assert {path: stored(path) for path in REPLACED} == stock
+    assert not log(logging.WARNING)
+    (line,) = log(logging.INFO)
+    assert line == "MQA SM90: this process has no device to decode on: the engines say whose decode path theirs is"
+    assert backend.report()["reason"] == "this process has no device to decode on"
 
 
 def test_no_nvml_is_untouched_and_not_asked(log: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,14 +77,19 @@ def register() -> None:
         return
     if backend.outcome["installed"]:
         return
+    front_end = False
     try:
-        reason = next(problems(), None)
+        front_end = seams.has_no_device()
+        reason = "this process has no device to decode on" if front_end else next(problems(), None)
         if reason is None:
             seams.replace(backend.replacements())
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     backend.outcome.update(installed=reason is None, reason=reason)
-    if reason is None:
+    if front_end:
+        # vLLM's engines do not run here, so that `require` asks nothing of it.
+        backend.logger().info("MQA SM90: %s: the engines say whose decode path theirs is", reason)
+    elif reason is None:
         backend.logger().info(
             "MQA SM90 %s: with vLLM %s, the sparse indexers of DeepSeek-V3.2, V4 and GLM-5 type models decode on the FP8 "
             "sm_90a kernel, which reads the cache once for each %d query tokens of a request",

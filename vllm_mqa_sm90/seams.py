@@ -276,6 +276,13 @@ def replace(replacements: Mapping[str, Any]) -> None:
         setattr(resolve(f"{module}:{owner}") if owner else importlib.import_module(module), name, replacement)
 
 
+def has_no_device() -> bool:
+    """Whether vLLM found nothing that an engine could run on, as where a front end is on a machine of its own."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_unspecified()
+
+
 def hopper_problem() -> str | None:
     """Why vLLM's platform is not a GPU of compute capability 9.0; None: it is. Leaves CUDA uninitialised."""
     from vllm.platforms import current_platform
