@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import origins
 import pytest
 from matplotlib.image import imread
 
@@ -195,7 +196,7 @@ def test_profile_by_hand(tmp_path: Path) -> None:
         step(420), kernel("gemm", 430, 1),  # does not end
     ]  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events[::-1]}))
-    found = trace.read(tmp_path / "t.json")
+    found = trace.profile(trace.events_of(tmp_path / "t.json"))
     assert (found.steps, found.step_us) == (2, 110)
     assert found.busy_us == (60 + 5 + 40 + 30) / 2
     expected = {"index logits": 25, "GEMM": 35, "MoE": 10, "other": 2.5}
@@ -237,11 +238,11 @@ def test_launches_by_hand() -> None:
         kernel("mqa_logits", 320, 9),
     ]
     spans = ["step", "op"], ["step", "op"], ["step"], ["step", "outer", "inner"], ["step", "outer"], [], [], None, None
-    found = sorted(trace.launches(events[::-1]), key=lambda launch: launch.duration)
+    found = sorted(origins.launches(events[::-1]), key=lambda launch: launch.duration)
     assert [launch.spans for launch in found] == [each if each is None else tuple(each) for each in spans]
     assert (found[0].name, found[8].name) == ("kernel 1", "mqa_logits")
-    assert trace.marks(events) == {"step": 1, "outer": 1, "inner": 1}
-    assert trace.by_family(found) == dict.fromkeys((*FAMILIES, "other"), 0) | {"index logits": 9, "other": 36}
+    assert origins.marks(events) == {"step": 1, "outer": 1, "inner": 1}
+    assert origins.by_family(found) == dict.fromkeys((*FAMILIES, "other"), 0) | {"index logits": 9, "other": 36}
 
 
 # Whole runs against the stand-ins.

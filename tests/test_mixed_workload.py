@@ -30,17 +30,18 @@ from typing import Any
 
 import marking
 import mixed_load
+import origins
 import pytest
 import torch
 from marking import CAPTURED, FLATTEN, PACK, RAGGED, RAGGED_LOGITS, RAGGED_PLAN, UNIFORM, UNPACK
 from mixed_load import Request
+from origins import Launch
 from servers import call, start, wait_ready
 
 from vllm_mqa_sm90 import metrics, ops, seams
 from vllm_mqa_sm90.architectures import v32_config
 from vllm_mqa_sm90.bench.serve import trace
 from vllm_mqa_sm90.bench.serve.run import profiler_arguments
-from vllm_mqa_sm90.bench.serve.trace import Launch
 from vllm_mqa_sm90.checkpoint import make_checkpoint, make_tokenizer
 from vllm_mqa_sm90.server import Server, speculative_config, vllm_serve
 
@@ -167,7 +168,7 @@ def serve_load(server: Server, traces: Path) -> Served:
     later_text, later_launches, later_marks = facts(server)
     (file,) = traces.glob("*.pt.trace.json*")
     events = trace.events_of(file)
-    profiled = trace.marks(events)
+    profiled = origins.marks(events)
     return Served(
         answers=answers,
         preemptions=metrics.total(later_text, "vllm:num_preemptions") - metrics.total(text, "vllm:num_preemptions"),
@@ -182,7 +183,7 @@ def serve_load(server: Server, traces: Path) -> Served:
         steps=sum(count for name, count in profiled.items() if name.startswith("execute_context_")),
         graphs=sum(event.get("name", "").startswith("cudaGraphLaunch") for event in events),
         profiled=profiled,
-        ran=trace.launches(events),
+        ran=origins.launches(events),
     )
 
 
@@ -195,7 +196,7 @@ def facts(server: Server) -> tuple[str, dict[str, int], dict[str, int]]:
 def table(found: dict[str, Served]) -> str:
     """Device time a step by family of kernels, and its share, side by side; then what the load was like."""
     lines = [f"{'us of GPU time a step':<24}" + "".join(f"{side:>10}{'share':>8}" for side in found)]
-    by_family = {side: trace.by_family(each.ran) for side, each in found.items()}
+    by_family = {side: origins.by_family(each.ran) for side, each in found.items()}
     rows = {family: {side: by_family[side][family] for side in found} for family in (*trace.FAMILIES, trace.OTHER)}
     rows["all"] = {side: sum(by_family[side].values()) for side in found}
     rows["* decode steps' logits"] = {side: _duration(each.ran, _is_decodes) for side, each in found.items()}

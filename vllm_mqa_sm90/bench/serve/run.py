@@ -148,7 +148,7 @@ class Run:
         if not traces:
             raise ServerError(f"the profiler: expected a trace in {folder}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
-        return Profiled(job.at.side, job.at.k, str(job.workload), output.now(), trace.read(traces[0]))
+        return Profiled(job.at.side, job.at.k, str(job.workload), output.now(), trace.profile(trace.events_of(traces[0])))
 
     def _traces(self, at: Configuration) -> Path:
         folder = self._output / "traces" / at.stem

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPU time of decode steps by family of kernels, and where kernels come from, in a trace of vLLM's PyTorch profiler."""
+"""GPU time of decode steps by family of kernels, in a trace of vLLM's PyTorch profiler."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,9 +24,7 @@ FAMILIES = {
     "GEMM": r"gemm|nvjet|cublas|cutlass|splitk",
 }
 OTHER = "other"
-_ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-_CALLS = ("cuda_runtime", "cuda_driver")
-_SPANS = ("cpu_op", "user_annotation")
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _STEP = re.compile(r"execute_context_(\d+)\(")
 _LISTED = 8
 
@@ -62,13 +60,8 @@ def events_of(path: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def read(path: Path) -> Profile:
-    """The profile in a trace file, gzipped or not. ValueError if it has no two decode steps in a row."""
-    return profile(events_of(path))
-
-
 def profile(events: Iterable[dict[str, Any]]) -> Profile:
-    """The profile in events of Chrome's trace format (`ts` and `dur` in microseconds).
+    """The profile in events of Chrome's trace format (`ts` and `dur` in microseconds). ValueError without decode steps.
 
     vLLM names each step after the requests in it, "execute_context_0(0)_generation_8(24)", and
     PyTorch repeats the name over the step's kernels as a `gpu_user_annotation`: one on each of its
@@ -82,7 +75,7 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
             mark = event["ts"], step[1] == "0"
             number = event.get("args", {}).get("External id", mark)
             steps[number] = min(steps.get(number, mark), mark)
-        elif category in _ON_GPU:
+        elif category in ON_GPU:
             kernels.append((event["ts"], event["dur"], event["name"]))
     marks = sorted(steps.values())
     kernels.sort()
@@ -101,80 +94,16 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
         by_kernel[name] += duration
         busy += max(0.0, start + duration - max(start, busy_until))
         busy_until = max(busy_until, start + duration)
-    of_step = {name: duration / len(windows) for name, duration in by_kernel.items()}
-    others = Counter({name: duration for name, duration in of_step.items() if family(name) == OTHER})
+    families = dict.fromkeys((*FAMILIES, OTHER), 0.0)
+    others: Counter[str] = Counter()
+    for name, duration in by_kernel.items():
+        families[family(name)] += duration / len(windows)
+        if family(name) == OTHER:
+            others[name] = duration / len(windows)
     return Profile(
         steps=len(windows),
         step_us=sum(end - start for start, end in windows) / len(windows),
         busy_us=busy / len(windows),
-        families=_by_family(of_step.items()),
+        families=families,
         others=dict(others.most_common(_LISTED)),
     )
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, or a copy, that the GPU ran.
-
-    Attributes:
-        name: of the kernel.
-        duration: microseconds.
-        spans: the ops and marks (`record_function`) that the host was in when it launched the kernel, or the CUDA
-            graph with it, outermost first; None where the trace does not have the launch.
-    """
-
-    name: str
-    duration: float
-    spans: tuple[str, ...] | None
-
-
-def launches(events: Iterable[dict[str, Any]]) -> list[Launch]:
-    """All that the GPU ran, and where it came from.
-
-    A kernel's name may not tell: Triton names it after its Python function alone, and vLLM 0.33 has more than a
-    hundred that are called "kernel".
-    """
-    on_host: dict[tuple[Any, Any], list[dict[str, Any]]] = defaultdict(list)
-    on_gpu = []
-    for event in events:
-        category = event.get("cat")
-        if category in _ON_GPU:
-            on_gpu.append(event)
-        elif category in _CALLS or category in _SPANS:
-            on_host[event["pid"], event["tid"]].append(event)
-    origins: dict[Any, tuple[str, ...]] = {}
-    for thread in on_host.values():
-        # Of those that begin at the same time the longer one is around the other, and a call is in all of them.
-        thread.sort(key=lambda event: (event["ts"], event["cat"] in _CALLS, -event["dur"]))
-        around: list[dict[str, Any]] = []
-        for event in thread:
-            while around and around[-1]["ts"] + around[-1]["dur"] <= event["ts"]:
-                around.pop()
-            if event["cat"] in _SPANS:
-                around.append(event)
-            elif (correlation := _correlation(event)) is not None:
-                origins[correlation] = tuple(span["name"] for span in around)
-    return [Launch(event["name"], event["dur"], origins.get(_correlation(event))) for event in on_gpu]
-
-
-def _correlation(event: dict[str, Any]) -> int | None:
-    """What a launch and all that it made the GPU run have in common."""
-    return event.get("args", {}).get("correlation")
-
-
-def by_family(ran: Iterable[Launch]) -> dict[str, float]:
-    """Microseconds by family of kernels. Kernels may overlap."""
-    return _by_family((launch.name, launch.duration) for launch in ran)
-
-
-def _by_family(durations: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """The same of pairs of a kernel's name and its microseconds."""
-    found = dict.fromkeys((*FAMILIES, OTHER), 0.0)
-    for name, duration in durations:
-        found[family(name)] += duration
-    return found
-
-
-def marks(events: Iterable[dict[str, Any]]) -> Counter[str]:
-    """How often the host set each mark (`record_function`), by name."""
-    return Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
