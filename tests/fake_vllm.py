@@ -2,8 +2,8 @@
 """Stands in for `vllm serve MODEL` and `vllm bench serve`, with their arguments and without a model.
 
 The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, or not at all,
-on each of two engines. It always runs as many requests as --max-num-seqs lets it, and generates whenever it is asked for metrics.
-With a profiler a client's requests take a while. The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
+on each of two engines. It always runs four requests, or as many as --max-num-seqs lets it.
+The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
 
 Environment: FAKE_LOG, a file that gets a line for each process; FAKE_TROUBLE, "WHAT: PATTERN" makes what has
 PATTERN in its line fail to start (`start`), fail (`fail`), leave a request out (`lose`), hang (`hang`), or take the
@@ -35,23 +35,26 @@ def note(line: str) -> None:
         log.write(f"{line} pid={os.getpid()}\n")
 
 
-def events(k: int) -> list[dict]:
+def events(k: int, requests: int) -> list[dict]:
     """Three decode steps and a prefill; of a step, 80 of 100 us are kernels."""
     found = []
     for step, context in enumerate((0, 0, 1, 0)):
         start = 1000.0 + 100 * step
-        name = f"execute_context_{context}({7 * context})_generation_4({4 * (k + 1)})"
+        name = f"execute_context_{context}({7 * context})_generation_{requests}({requests * (k + 1)})"
         found.append({"ph": "X", "cat": "gpu_user_annotation", "name": name, "ts": start, "dur": 80.0})
         found.append({"ph": "X", "cat": "kernel", "name": "mqa_sm90::paged_mqa_logits_kernel<3>", "ts": start, "dur": 30.0})
         found.append({"ph": "X", "cat": "kernel", "name": "nvjet_tst_64x8", "ts": start + 30, "dur": 50.0})
     return found
 
 
+def accepted_at(k: int) -> list[float]:
+    return [max(0, 8 - 2 * position) / 10 for position in range(k)]
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     k = 0
     requests = 0
-    metrics_read = 0
     running = 0
     profiler = None
 
@@ -78,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/stop_profile" and self.profiler:
             trace = Path(self.profiler["torch_profiler_dir"], f"rank-0.{time.monotonic_ns()}.pt.trace.json.gz")
             with gzip.open(trace, "wt") as file:
-                json.dump({"traceEvents": events(self.k)}, file)
+                json.dump({"traceEvents": events(self.k, self.running)}, file)
             self.answer("")
         elif body.get("stream"):
             Handler.requests += 1
@@ -91,16 +94,15 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(None)
 
     def metrics(self) -> str:
-        Handler.metrics_read += 1
-        lines = [f'vllm:generation_tokens_total{{engine="0"}} {1000.0 * self.requests + 100 * self.metrics_read}']
-        lines.append(f'vllm:num_requests_running{{engine="0"}} {float(self.running)}')
+        lines = []
         for engine in (0, 1) if self.k else ():
             lines.append(f'vllm:spec_decode_num_drafts_total{{engine="{engine}"}} {200.0 * self.requests}')
             lines.append(f'vllm:spec_decode_num_draft_tokens_total{{engine="{engine}"}} {200.0 * self.k * self.requests}')
-            for position in range(self.k):
+            accepted = [200.0 * rate * self.requests for rate in accepted_at(self.k)]
+            lines.append(f'vllm:spec_decode_num_accepted_tokens_total{{engine="{engine}"}} {sum(accepted)}')
+            for position, count in enumerate(accepted):
                 labels = f'engine="{engine}",position="{position}"'
-                accepted = max(0.0, 160.0 - 40 * position) * self.requests
-                lines.append(f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {accepted}")
+                lines.append(f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}} {count}")
         return "\n".join(lines) + "\n"
 
     def answer(self, text: str | None) -> None:
@@ -121,7 +123,7 @@ def serve(words: list[str]) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     args, _ = parser.parse_known_args(words)
     Handler.k, Handler.profiler = args.speculative_config.get("num_speculative_tokens", 0), args.profiler_config
-    Handler.running = args.max_num_seqs
+    Handler.running = min(4, args.max_num_seqs)
     line = f"serve {os.environ['MQA_SM90']} k={Handler.k}"
     note(line)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -138,6 +140,7 @@ def bench(words: list[str]) -> None:
         parser.add_argument(name)
     for name in ("--port", "--num-prompts", "--max-concurrency", "--seed", "--random-output-len"):
         parser.add_argument(name, type=int)
+    parser.add_argument("--profile", action="store_true")
     args, _ = parser.parse_known_args(words)
 
     def call(path: str, body: dict | None = None) -> str:
@@ -155,8 +158,9 @@ def bench(words: list[str]) -> None:
     if trouble("kill", line):
         call("/kill", {})
     call("/requests", {"requests": args.num_prompts})
-    if call("/profiler") != "None":
-        time.sleep(0.5)
+    if args.profile and call("/profiler") != "None":  # else it goes on without, as vLLM's does
+        call("/start_profile", {})
+        call("/stop_profile", {})
     result = {
         "num_prompts": args.num_prompts,
         "completed": args.num_prompts - trouble("lose", line),
@@ -165,6 +169,10 @@ def bench(words: list[str]) -> None:
         "median_tpot_ms": 5.0,
         "output_throughput": 100.0 * (k + 1) + 10 * (os.environ["MQA_SM90"] == "require"),
     }
+    if k:
+        rates = accepted_at(k)
+        result["spec_decode_acceptance_rate"] = 100 * sum(rates) / k
+        result["spec_decode_per_position_acceptance_rates"] = rates
     Path(args.result_filename).write_text(json.dumps(result))
 
 

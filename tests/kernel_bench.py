@@ -12,7 +12,7 @@ from comparing_worker import requests_of_rows
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import cli, reference
-from vllm_mqa_sm90.bench.kernel import deepgemm, timing, vllm_topk
+from vllm_mqa_sm90.bench.kernel import vllm_kernels
 from vllm_mqa_sm90.bench.kernel import run as kernel_run
 from vllm_mqa_sm90.bench.kernel import step as steps
 from vllm_mqa_sm90.bench.kernel.step import Step
@@ -140,7 +140,7 @@ class FakeTopK:
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleNamespace:
     """A machine whose GPU takes 10 us for everything, reads 1 TB/s, and has DeepGEMM and top-k as in vLLM 0.26."""
-    machine = types.SimpleNamespace(error=1.0, timed=[], refuses=None, now=0.0, topk=FakeTopK(), spoil=None)
+    machine = types.SimpleNamespace(error=1.0, timed=[], refuses=None, topk=FakeTopK(), spoil=None)
 
     def replay_us(calls: list[Callable[[], object]], replays: int) -> float:
         machine.timed.append((len(calls), replays))
@@ -171,14 +171,13 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch, small_copies: None) -> types.SimpleN
     monkeypatch.setattr(kernel_run, "_problem", lambda: None)
     monkeypatch.setattr(kernel_run, "DEVICE", CPU)
     monkeypatch.setattr(kernel_run, "_gpu", lambda: {"name": "Test GPU", "sms": SMS, "driver": "1.2"})
-    monkeypatch.setattr(timing, "replay_us", replay_us)
-    monkeypatch.setattr(timing, "read_bandwidth", lambda replays: 1e12)
+    monkeypatch.setattr(kernel_run, "replay_us", replay_us)
+    monkeypatch.setattr(kernel_run, "read_bandwidth", lambda replays: 1e12)
     monkeypatch.setattr(vllm_mqa_sm90, "paged_mqa_logits", paged_mqa_logits)
     monkeypatch.setattr(vllm_mqa_sm90, "index_topk", index_topk)
-    monkeypatch.setattr(kernel_run.time, "monotonic", lambda: machine.now)
-    peer = deepgemm.DeepGemm(vllm_0_26(FakeDeepGemm()), SMS)
-    monkeypatch.setattr(deepgemm, "load", lambda num_sms: (peer, {"vllm": "0.26.0", "deep_gemm": "2.5.0"}))
-    monkeypatch.setattr(vllm_topk, "load", lambda device: vllm_topk.VllmTopK(machine.topk, device))
+    peer = vllm_kernels.DeepGemm(vllm_0_26(FakeDeepGemm()), SMS, {"vllm": "0.26.0", "deep_gemm": "2.5.0"})
+    monkeypatch.setattr(vllm_kernels, "load_deep_gemm", lambda num_sms: peer)
+    monkeypatch.setattr(vllm_kernels, "load_topk", lambda device: vllm_kernels.TopK(machine.topk, device))
     monkeypatch.setenv("COLUMNS", "100")
     return machine
 

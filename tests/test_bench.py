@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench kernel`: its arithmetic, its view of DeepGEMM, and whole runs on the CPU with stand-ins for the GPU."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -28,13 +29,13 @@ from matplotlib.image import imread
 from rich.console import Console
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import cli, reference
-from vllm_mqa_sm90.bench import kernel
-from vllm_mqa_sm90.bench.kernel import deepgemm, plot, report, timing, vllm_topk
+from vllm_mqa_sm90 import bench, cli, reference
+from vllm_mqa_sm90.bench import plot
+from vllm_mqa_sm90.bench.kernel import Shape, report, vllm_kernels
 from vllm_mqa_sm90.bench.kernel import run as kernel_run
 from vllm_mqa_sm90.bench.kernel import step as steps
 from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, STEP, STEP_VLLM_TOPK, LeftOut, Report, Row
-from vllm_mqa_sm90.bench.kernel.step import Shape, floor_bytes, make_step, row_lengths
+from vllm_mqa_sm90.bench.kernel.step import floor_bytes, make_step, row_lengths
 
 # Shapes and the floor.
 
@@ -58,7 +59,7 @@ def test_shape_reads_and_writes(text: str, shape: Shape) -> None:
     "text", ["", "256", "256x", "x8192", "0x5", "5x0", "-1x5", "2x3x4", "2x3:even", "2 x 3", "2x3\n"]
 )
 def test_other_shapes_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected BATCHxCONTEXT\[:ragged\]\[:mixed\], both at least 1, given"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected BATCHxCONTEXT\[:ragged\]\[:mixed\], both at least 1, given"):
         Shape.parse(text)
 
 
@@ -173,12 +174,10 @@ def test_relative_error(small_copies: None) -> None:
     assert step.relative_error(wide) < 1e-6
 
 
-@pytest.mark.parametrize("which", ["first", "last", "shortest", "longest"])
-def test_one_bad_logit_in_a_checked_request_is_seen(small_copies: None, which: str) -> None:
+@pytest.mark.parametrize("request_", [0, 7, 39])
+def test_one_bad_logit_is_seen(small_copies: None, request_: int) -> None:
     step = make_step(Shape(40, 300, ragged=True), 2, 16, 64, CPU)
-    lens = step.context_lens[:, -1]
-    request = {"first": 0, "last": 39, "shortest": int(lens.argmin()), "longest": int(lens.argmax())}[which]
-    for row in 2 * request, 2 * request + 1:
+    for row in 2 * request_, 2 * request_ + 1:
         logits = reference_logits(step)
         logits[row, step.context_lens.view(-1)[row] - 1] = torch.nan
         assert not step.relative_error(logits) <= kernel_run.TOLERANCE
@@ -218,18 +217,18 @@ def test_replay_us(monkeypatch: pytest.MonkeyPatch) -> None:
         "synchronize": lambda: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    us = timing.replay_us([lambda: calls.append("a"), lambda: calls.append("b")], replays=5)
+    us = kernel_run.replay_us([lambda: calls.append("a"), lambda: calls.append("b")], replays=5)
     assert us == pytest.approx(0.4 * 1e3 / 2)
     assert calls == ["a", "b", "a", "b"]  # once eagerly, once captured
 
 
 def test_read_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 floats in 8 us: 2 bytes a microsecond."""
-    monkeypatch.setattr(timing, "_READ_FLOATS", 4)
+    monkeypatch.setattr(kernel_run, "_READ_FLOATS", 4)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device: empty(*size))
-    monkeypatch.setattr(timing, "replay_us", lambda calls, replays: 8.0)
-    assert timing.read_bandwidth(3) == pytest.approx(2e6)
+    monkeypatch.setattr(kernel_run, "replay_us", lambda calls, replays: 8.0)
+    assert kernel_run.read_bandwidth(3) == pytest.approx(2e6)
 
 
 # DeepGEMM, through the functions of two vLLM releases, and those of the installed one.
@@ -257,7 +256,7 @@ def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> obje
 
 
 def test_deep_gemm_native(api: types.SimpleNamespace, small_copies: None) -> None:
-    peer = deepgemm.DeepGemm(api, SMS)
+    peer = vllm_kernels.DeepGemm(api, SMS, {})
     for next_n in 1, 2:
         step = make_step(Shape(3, 300, ragged=True), next_n, 16, 64, CPU)
         call = peer.logits(step, flattened=False)
@@ -272,7 +271,7 @@ def test_deep_gemm_native(api: types.SimpleNamespace, small_copies: None) -> Non
 @pytest.mark.parametrize("next_n", [2, 3, 4])
 def test_deep_gemm_flattened(api: types.SimpleNamespace, small_copies: None, next_n: int, mixed: bool) -> None:
     step = make_step(Shape(3, 300, ragged=True, mixed=mixed), next_n, 16, 64, CPU)
-    call = deepgemm.DeepGemm(api, SMS).logits(step, flattened=True)
+    call = vllm_kernels.DeepGemm(api, SMS, {}).logits(step, flattened=True)
     lens = step.context_lens.view(-1, 1)
     assert api.fake.metadata_calls == [(lens.tolist(), 64, SMS)]
     for copy in 0, 1:
@@ -281,7 +280,7 @@ def test_deep_gemm_flattened(api: types.SimpleNamespace, small_copies: None, nex
 
 
 def test_deep_gemm_takes_what_vllm_says(api: types.SimpleNamespace, small_copies: None) -> None:
-    peer = deepgemm.DeepGemm(api, SMS)
+    peer = vllm_kernels.DeepGemm(api, SMS, {})
     newer = hasattr(api, "native_next_n_supported")
     assert [n for n in kernel_run.NEXT_NS if peer.takes(n)] == ([1, 2, 4] if newer else [1, 2])
     step = make_step(Shape(3, 300), 3, 16, 64, CPU)
@@ -306,11 +305,11 @@ def fake_modules(monkeypatch: pytest.MonkeyPatch, get_num_sms: Callable[[], int]
 
 def test_load_names_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_modules(monkeypatch, lambda: SMS, types.SimpleNamespace(__version__="2.5.9"))
-    peer, versions = deepgemm.load(SMS)
-    assert versions == {"vllm": "0.26.9", "deep_gemm": "2.5.9"}
+    peer = vllm_kernels.load_deep_gemm(SMS)
+    assert peer.versions == {"vllm": "0.26.9", "deep_gemm": "2.5.9"}
     assert peer.takes(2) and not peer.takes(3)
     monkeypatch.setitem(sys.modules, "deep_gemm", types.SimpleNamespace(__version__="9.0"))
-    assert deepgemm.load(SMS)[1]["deep_gemm"] == "9.0"
+    assert vllm_kernels.load_deep_gemm(SMS).versions["deep_gemm"] == "9.0"
 
 
 def test_load_finds_the_reason_that_vllm_hides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,14 +318,14 @@ def test_load_finds_the_reason_that_vllm_hides(monkeypatch: pytest.MonkeyPatch) 
 
     fake_modules(monkeypatch, unavailable, None)  # None: its import fails
     with pytest.raises(ImportError, match="vllm.third_party.deep_gemm"):
-        deepgemm.load(SMS)
+        vllm_kernels.load_deep_gemm(SMS)
     fake_modules(monkeypatch, unavailable, types.SimpleNamespace())
     with pytest.raises(RuntimeError, match="DeepGEMM is not available"):
-        deepgemm.load(SMS)
+        vllm_kernels.load_deep_gemm(SMS)
 
 
 def test_loading_vllm_leaves_stdout_alone() -> None:
-    code = "from vllm_mqa_sm90.bench.kernel import deepgemm\ntry: deepgemm.load(132)\nexcept Exception: pass"
+    code = "from vllm_mqa_sm90.bench.kernel import vllm_kernels\ntry: vllm_kernels.load_deep_gemm(132)\nexcept Exception: pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == ""
 
@@ -361,9 +360,8 @@ def synthetic_report() -> Report:
     return result
 
 
-def test_json_holds_every_row_and_reads_back(tmp_path: Path) -> None:
-    written = synthetic_report()
-    written.write(tmp_path / "kernel.json")
+def test_json_holds_every_row(tmp_path: Path) -> None:
+    synthetic_report().write(tmp_path / "kernel.json")
     content = json.loads((tmp_path / "kernel.json").read_text())
     assert (content["gpu"]["driver"], content["read_bytes_per_s"], content["command"]) == (
         "580.1", 3.11e12, "vllm-mqa-sm90 bench kernel",
@@ -371,8 +369,6 @@ def test_json_holds_every_row_and_reads_back(tmp_path: Path) -> None:
     third = content["rows"][2]
     assert third["times_us"] == {OURS: 119.5, FLATTENED: 300.9}
     assert third["x_floor"] == pytest.approx({OURS: 1.195, FLATTENED: 3.009})
-    assert third["gb_per_s"][OURS] == pytest.approx(300e6 / 119.5e-6 / 1e9)
-    assert Report.read(tmp_path / "kernel.json") == written
 
 
 def shown(width: int) -> str:
@@ -383,11 +379,11 @@ def shown(width: int) -> str:
 
 def test_table_fits_80_columns() -> None:
     lines = [line.split() for line in shown(80).splitlines()]
-    assert ["256", "x", "8192", "1", "97.0", "0.97", "3093", "2.6", "102.8", "(1.06)", "-"] in lines
-    assert ["2", "109.2", "1.09", "2747", "2.6", "110.3", "(1.01)", "201.0", "(1.84)"] in lines
-    assert ["3", "119.5", "1.20", "2510", "2.6", "-", "300.9", "(2.52)"] in lines
-    assert ["64", "x", "8192", "ragged", "1", "26.0", "1.30", "2308", "2.1", "-", "-"] in lines
-    assert ["3", "failed", "-", "-", "-", "-", "-"] in lines
+    assert ["256", "x", "8192", "1", "97.0", "0.97", "2.6", "102.8", "(1.06)", "-"] in lines
+    assert ["2", "109.2", "1.09", "2.6", "110.3", "(1.01)", "201.0", "(1.84)"] in lines
+    assert ["3", "119.5", "1.20", "2.6", "-", "300.9", "(2.52)"] in lines
+    assert ["64", "x", "8192", "ragged", "1", "26.0", "1.30", "2.1", "-", "-"] in lines
+    assert ["3", "failed", "-", "-", "-", "-"] in lines
     assert "…" not in shown(80)
 
 
@@ -412,21 +408,13 @@ def test_one_line() -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    assert plot.draw(synthetic_report(), tmp_path) == [tmp_path / "kernel.png", tmp_path / "kernel.svg"]
+    assert plot.draw(synthetic_report(), tmp_path) == [tmp_path / "kernel.png", tmp_path / "kernel.svg"]  # no steps
     pixels = imread(tmp_path / "kernel.png")
     assert pixels.shape[0] > 300 and pixels.shape[1] > 900
     for colour in plot.COLOURS.values():
         exact = torch.tensor([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
         assert (torch.from_numpy(pixels[..., :3]) - exact).abs().amax(dim=-1).lt(0.01).sum() > 500
     assert "<svg" in (tmp_path / "kernel.svg").read_text()
-
-
-def test_plot_again_from_json(tmp_path: Path) -> None:
-    synthetic_report().write(tmp_path / "kernel.json")
-    command = [sys.executable, "-W", "error", "-m", "vllm_mqa_sm90.bench.kernel.plot", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert (done.stdout, done.stderr) == ("", "")
-    assert (tmp_path / "kernel.png").stat().st_size > 10_000
 
 
 # The command.
@@ -489,14 +477,15 @@ def test_run(on_cpu: types.SimpleNamespace, tmp_path: Path, capsys: pytest.Captu
         assert all(error < 1e-6 for error in row["relative_errors"].values())
         assert row["plan_us"] == 10.0
     assert content["versions"]["vllm"] == "0.26.0" and content["versions"]["torch"] == torch.__version__
-    assert content["command"] == "vllm-mqa-sm90 bench kernel --shape 3x300:ragged --shape 2x64 --heads 16"
+    shapes = "--shape 3x300:ragged --shape 2x64"
+    assert content["command"] == f"vllm-mqa-sm90 bench kernel --output {tmp_path} --heads 16 {shapes}"
     assert all(calls >= 60 and replays == 30 for calls, replays in on_cpu.timed)
     assert (tmp_path / "kernel.png").is_file() and (tmp_path / "kernel.svg").is_file()
     captured = capsys.readouterr()
     assert "Test GPU, driver 1.2; vllm_mqa_sm90" in captured.out
     assert "10.0 (1.00)" in captured.out
     assert "DeepGEMM native, 2 of 8 cases: this vLLM flattens next_n 3" in captured.out
-    assert "3 x 300 ragged, next_n 3: ours 10.0 us, flattened 10.0 us" in captured.err
+    assert "3 x 300 ragged, next_n 3: vllm-mqa-sm90 10.0 us, DeepGEMM flattened 10.0 us, " in captured.err
 
 
 def test_run_of_mixed_steps(on_cpu: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -518,7 +507,7 @@ def test_copies_are_called_in_turn(
         seen.append([call.args[0] for call in calls if call.args])  # the plan has none
         return 10.0
 
-    monkeypatch.setattr(timing, "replay_us", replay_us)
+    monkeypatch.setattr(kernel_run, "replay_us", replay_us)
     bench_kernel(tmp_path, "--shape", "2x600", "--next-n", "3")
     ours, _, *others = seen  # our step, three of vLLM's kernels after our logits, flattened, these three after that
     copies = -(-steps.COLD_BYTES // (2 * 10 * 64 * 132))
@@ -533,26 +522,6 @@ def test_quick(on_cpu: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytes
     assert [(row["shape"], row["next_n"]) for row in content["rows"]] == [("2x100", 1), ("2x100", 3)]
     assert {replays for _, replays in on_cpu.timed} == {12}
     assert content["command"].endswith("--heads 16 --quick")
-
-
-def test_quick_begins_no_deep_gemm_late(
-    on_cpu: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replay_us = timing.replay_us
-
-    def slow(calls: list[Callable[[], object]], replays: int) -> float:
-        on_cpu.now += 4.0
-        return replay_us(calls, replays)
-
-    monkeypatch.setattr(timing, "replay_us", slow)
-    _, content = bench_kernel(tmp_path, "--quick", "--shape", "2x100", "--next-n", "1", "2")
-    first, second = content["rows"]
-    assert sorted(first["times_us"]) == [NATIVE, OURS]  # begun at 24 s
-    assert list(second["times_us"]) == [OURS]  # begun at 64 s
-    assert second["left_out"] == dict.fromkeys((NATIVE, FLATTENED), "not begun, as --quick was 30 s old")
-    on_cpu.now = 0.0
-    _, content = bench_kernel(tmp_path, "--shape", "2x100", "--next-n", "1", "2")
-    assert FLATTENED in content["rows"][1]["times_us"]
 
 
 @pytest.mark.parametrize(("factor", "text"), [(1.0003, "relative error 3.0e-04"), (float("nan"), "relative error nan")])
@@ -604,7 +573,7 @@ def test_deep_gemm_that_fails_leaves_its_column_empty(
         raise RuntimeError("NVCC compilation failed\n" + "long log\n" * 99)
 
     monkeypatch.setattr(fake, "get_paged_mqa_logits_metadata", no_compiler)
-    monkeypatch.setattr(deepgemm, "load", lambda num_sms: (deepgemm.DeepGemm(api, SMS), {}))
+    monkeypatch.setattr(vllm_kernels, "load_deep_gemm", lambda num_sms: vllm_kernels.DeepGemm(api, SMS, {}))
     status, content = bench_kernel(tmp_path, *TWO_SHAPES, "--next-n", "1", "2")
     assert status == 0
     assert all(list(row["times_us"]) == [OURS] for row in content["rows"])
@@ -620,7 +589,7 @@ def test_deep_gemm_with_wrong_result_is_not_compared(
     fake = FakeDeepGemm()
     right = fake.fp8_fp4_paged_mqa_logits
     monkeypatch.setattr(fake, "fp8_fp4_paged_mqa_logits", lambda *arguments: right(*arguments) * 1.01)
-    monkeypatch.setattr(deepgemm, "load", lambda num_sms: (deepgemm.DeepGemm(vllm_0_26(fake), SMS), {}))
+    monkeypatch.setattr(vllm_kernels, "load_deep_gemm", lambda num_sms: vllm_kernels.DeepGemm(vllm_0_26(fake), SMS, {}))
     status, content = bench_kernel(tmp_path, "--shape", "2x64", "--next-n", "1")
     assert status == 0
     assert content["rows"][0]["left_out"][NATIVE].startswith("relative error 1.0e-02")
@@ -632,8 +601,8 @@ def test_no_vllm(
     def missing(_: object) -> None:
         raise ModuleNotFoundError("No module named 'vllm'")
 
-    monkeypatch.setattr(deepgemm, "load", missing)
-    monkeypatch.setattr(vllm_topk, "load", missing)
+    monkeypatch.setattr(vllm_kernels, "load_deep_gemm", missing)
+    monkeypatch.setattr(vllm_kernels, "load_topk", missing)
     status, content = bench_kernel(tmp_path, "--shape", "2x64", "--next-n", "3")
     assert status == 0 and "vllm" not in content["versions"]
     reason = "1 of 1 cases: ModuleNotFoundError: No module named 'vllm'\n"
@@ -664,7 +633,7 @@ def test_no_memory_for_the_read_bandwidth(
     def full(replays: int) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.")
 
-    monkeypatch.setattr(timing, "read_bandwidth", full)
+    monkeypatch.setattr(kernel_run, "read_bandwidth", full)
     assert cli.main(["bench", "kernel"]) == 1
     assert "vllm-mqa-sm90 bench kernel: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err
 
@@ -674,14 +643,13 @@ def test_without_matplotlib_the_json_stays(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.kernel.plot")
-    monkeypatch.delattr(kernel, "plot")
+    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.plot")
+    monkeypatch.delattr(bench, "plot")
     status, content = bench_kernel(tmp_path, "--shape", "2x64", "--next-n", "3")
     assert status == 0 and len(content["rows"]) == 1
     error = capsys.readouterr().err
-    assert "kernel.json is written; kernel.png and kernel-steps.png are not drawn" in error
+    assert f"the results are in {tmp_path}, the plots are not drawn" in error
     assert "pip install 'vllm-mqa-sm90[bench]'" in error
-    assert f"python -m vllm_mqa_sm90.bench.kernel.plot {tmp_path}" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel.json"]
 
 
@@ -720,6 +688,6 @@ def test_quick_on_gpu(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_times_of_known_kernels() -> None:
     """Sleeps of ten times the cycles take ten times as long."""
-    long, short = (timing.replay_us([partial(torch.cuda._sleep, cycles)] * 5, 12) for cycles in (2_000_000, 200_000))
+    long, short = (kernel_run.replay_us([partial(torch.cuda._sleep, cycles)] * 5, 12) for cycles in (2_000_000, 200_000))
     assert 50 < short < 1000
     assert long / short == pytest.approx(10, rel=0.3)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench serve`: its arithmetic, whole runs against stand-ins for vLLM's processes, its commands in vLLM's own parsers."""
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -16,15 +17,13 @@ import origins
 import pytest
 from matplotlib.image import imread
 
-from vllm_mqa_sm90 import checkpoint, cli, machine, server
-from vllm_mqa_sm90.bench import serve
+from vllm_mqa_sm90 import bench, checkpoint, cli, machine, metrics, server
+from vllm_mqa_sm90.bench import output, serve
 from vllm_mqa_sm90.bench.serve import clients, trace, workloads
-from vllm_mqa_sm90.bench.serve import kept as serve_kept
 from vllm_mqa_sm90.bench.serve import run as serve_run
-from vllm_mqa_sm90.bench.serve.report import Configuration, Report
+from vllm_mqa_sm90.bench.serve.report import Report
 from vllm_mqa_sm90.bench.serve.trace import FAMILIES
 from vllm_mqa_sm90.bench.serve.workloads import Workload
-from vllm_mqa_sm90.metrics import Drafts
 
 FAKE = str(Path(__file__).with_name("fake_vllm.py"))
 GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
@@ -55,7 +54,7 @@ def test_workload_reads_and_writes(text: str, workload: Workload, requests: int,
     "text", ["", "8", "8x", "x8", "0x8", "8x0", "8xlong", "8xshort:cached", "8x8:new", "8 x 8", "8x8\n"]
 )
 def test_other_workloads_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"expected CONCURRENCYxCONTEXT, .* given " + re.escape(repr(text))):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected CONCURRENCYxCONTEXT, .* given " + re.escape(repr(text))):
         Workload.parse(text)
 
 
@@ -139,15 +138,9 @@ def counters(drafts: int, *accepted: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_acceptance_is_the_difference_over_all_engines() -> None:
-    before, after = Drafts.read(counters(100, 10, 0)), Drafts.read(counters(300, 170, 120))
-    assert after == Drafts(300, 600, (170, 120))
-    assert after.since(before).rates == [0.8, 0.6]
-    assert after.since(before).rate == 0.7
-    nothing = Drafts.read("# nothing drafted\n")
-    assert (nothing.rates, nothing.rate) == ([], None)
-    assert after.since(nothing) == after  # a server has no counters by position before its first draft
-    assert nothing.since(nothing) == nothing
+def test_acceptance_over_all_engines() -> None:
+    assert metrics.acceptance(counters(200, 160, 120)) == [0.8, 0.6]
+    assert metrics.acceptance("# nothing drafted\n") == []
 
 
 @pytest.mark.parametrize(
@@ -196,23 +189,25 @@ def test_profile_by_hand(tmp_path: Path) -> None:
         step(420), kernel("gemm", 430, 1),  # does not end
     ]  # fmt: skip
     (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events[::-1]}))
-    found = trace.profile(trace.events_of(tmp_path / "t.json"))
+    found = trace.profile(trace.events_of(tmp_path / "t.json"), 4)
     assert (found.steps, found.step_us) == (2, 110)
     assert found.busy_us == (60 + 5 + 40 + 30) / 2
     expected = {"index logits": 25, "GEMM": 35, "MoE": 10, "other": 2.5}
     assert found.families == dict.fromkeys((*FAMILIES, "other"), 0) | expected
-    assert found.others == {"add": 2.5}
 
 
 def test_a_step_on_several_streams_is_one() -> None:
     streams = [step(start, number=start // 100) for start in (100, 130, 160, 200, 230, 300)]
-    found = trace.profile([*streams, kernel("gemm", 140, 30), kernel("gemm", 210, 50)])
+    found = trace.profile([*streams, kernel("gemm", 140, 30), kernel("gemm", 210, 50)], 4)
     assert (found.steps, found.step_us, found.busy_us) == (2, 100, 40)
 
 
 def test_trace_without_decode_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected two steps in a row of which the first is a decode step, found 1 steps"):
-        trace.profile([step(0), kernel("gemm", 1, 1)])
+    with pytest.raises(ValueError, match="expected two steps in a row of which the first decodes 4 requests, found 1 steps"):
+        trace.profile([step(0), kernel("gemm", 1, 1)], 4)
+    fewer = [step(start, "execute_context_0(0)_generation_3(9)") for start in (0, 100)]
+    with pytest.raises(ValueError, match="decodes 4 requests, found 2 steps; see --max-num-seqs"):
+        trace.profile(fewer, 4)
 
 
 def host(name: str, start: float, duration: float, thread: int = 7, correlation: int | None = None) -> dict[str, object]:
@@ -277,8 +272,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(machine, "gpus", lambda: [GPU])
     monkeypatch.setattr(server, "vllm_serve", lambda *words: [sys.executable, FAKE, *REAL_SERVE(*words)[3:]])
     monkeypatch.setattr(clients, "CLI", Path(FAKE).stem)
+    monkeypatch.setattr(clients, "IMPORTED", [])
     monkeypatch.setenv("PYTHONPATH", str(Path(FAKE).parent), prepend=os.pathsep)
-    monkeypatch.setattr(serve_run, "_PROFILE_SECONDS", 0.1)
     return found
 
 
@@ -319,16 +314,16 @@ def test_run(world: World, capsys: pytest.CaptureFixture[str]) -> None:
         (workload, side, 2, 1) for side in ("stock", "plugin") for workload in ("4x1024:cached", "2x8192")
     ]
     assert content["command"] == (
-        f"vllm-mqa-sm90 bench serve {world.model} -k 0,2 --workload 4x1024:cached --workload 2x8192 --profile "
-        "-- --max-num-seqs 8"
+        f"vllm-mqa-sm90 bench serve {world.model} --output {world.output} --workload 4x1024:cached --workload 2x8192 "
+        "-k 2,0 --profile -- --max-num-seqs 8"
     )
     captured = capsys.readouterr()
     assert "synthetic one, set to 0.813, 0.63" in captured.out
     shown = " ".join(captured.out.split())
     assert "plugin k=2 20 12.00 5.00 310 70.0 80 60 2.82 1.03" in shown
     assert "plugin 83.3 200 2 1.00" in shown
-    assert "4x1024:cached, plugin k=2, profile: 2 steps profiled (about a minute left)\n" in captured.err
-    assert "4x1024:cached, stock k=0: 100 tok/s (about a minute left)" in captured.err
+    assert "4x1024:cached, plugin k=2, profile: 2 steps profiled\n" in captured.err
+    assert "4x1024:cached, stock k=0: 100 tok/s\n" in captured.err
     assert imread(world.output / "serve.png").shape[0] > 300
 
 
@@ -352,10 +347,16 @@ def test_server_and_client_get_what_they_need(world: World, monkeypatch: pytest.
         return start(command, *rest, env=env, **options)
 
     monkeypatch.setattr(server.subprocess, "Popen", popen)
-    runs, run = [], clients.Clients.run
-    monkeypatch.setattr(clients.Clients, "run", lambda self, words, log: runs.append(words) or run(self, words, log))
+    runs, start_client = [], clients.start
+
+    def started(words: list[str], log: Path, env: dict[str, str]) -> server.Process:
+        runs.append(words)
+        environments.append(env)
+        return start_client(words, log, env)
+
+    monkeypatch.setattr(clients, "start", started)
     world.run("--side", "plugin", "-k", "1", "--quick", "--acceptance", "0.9,0.5", "--", "--tensor-parallel-size", "2")
-    _, command = commands  # of the clients, of the server
+    command = next(words for words in commands if "serve" in words)
     speculative = json.loads(command[command.index("--speculative-config") + 1])
     assert speculative == {
         "method": "mtp", "num_speculative_tokens": 1,
@@ -364,7 +365,7 @@ def test_server_and_client_get_what_they_need(world: World, monkeypatch: pytest.
     assert command[-2:] == ["--tensor-parallel-size", "2"]
     assert "--profiler-config" not in command
     assert all(str(world.model) in words for words in (command, *runs)) and len(runs) == 5
-    for env in environments:
+    for env in filter(None, environments):
         assert env["MQA_SM90"] == "require" and env["HOME"].startswith(str(world.output)) and env["HF_HUB_OFFLINE"] == "1"
 
 
@@ -374,8 +375,7 @@ def test_a_model_of_the_hub_is_found_where_the_user_keeps_it(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HOME", "/models")
     report = Report("deepseek-ai/DeepSeek-V3.2", [GPU], {}, "", "", [], None)
-    run = serve_run.Run(report, serve_kept.Kept(tmp_path / "kept", report), tmp_path, 1)
-    env = run._environment(Configuration("stock", 2))
+    env = serve_run.Run(report, tmp_path, 1)._environment("stock")
     assert (env["HF_HOME"], env["HF_HUB_OFFLINE"], env["MQA_SM90"]) == ("/models", "0", "off")
 
 
@@ -383,10 +383,9 @@ def test_real_weights_draft_for_themselves(world: World) -> None:
     (world.model / checkpoint.INDEX).write_text('{"metadata": {"total_size": 7}}')
     _, content = world.run("--side", "stock", "-k", "3", "--quick")
     assert content["acceptance"] is None
-    (kept,) = (world.output / "results").iterdir()
-    assert json.loads(kept.read_text())["depends_on"]["server"] == [
-        "--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}',
-    ]  # fmt: skip
+    report = Report("model", [GPU], {}, "", "", ["--x"], content["acceptance"])
+    drafts = '{"method": "mtp", "num_speculative_tokens": 3}'
+    assert serve_run.server_arguments(3, report) == ["--speculative-config", drafts, "--x"]
 
 
 def test_what_is_measured_is_rehearsed(world: World) -> None:
@@ -451,8 +450,8 @@ def test_a_result_counts_only_for_what_it_was_measured_with(
     elif change == "environment":
         monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "FLASHMLA_SPARSE")
     elif change == "library":
-        digest = serve_kept._digest
-        monkeypatch.setattr(serve_kept, "_digest", lambda file: "new" if file.suffix == ".so" else digest(file))
+        digest = serve_run._digest_of
+        monkeypatch.setattr(serve_run, "_digest_of", lambda file: "new" if file.suffix == ".so" else digest(file))
     else:
         world.output = world.output.rename(world.output.with_name("moved"))
     assert world.run(*words)[0] == 0
@@ -526,25 +525,26 @@ def test_a_client_that_cannot_be_imported(world: World, monkeypatch: pytest.Monk
     monkeypatch.setattr(clients, "CLI", "no_such_client")
     status, content = world.run("--side", "stock", "-k", "0", *TWO)
     assert status == 1 and content["measurements"] == []
-    for workload in ("4x1024:cached", "2x8192"):
+    for workload, stem in ("4x1024:cached", "4x1024-cached"), ("2x8192", "2x8192"):
         why = content["failures"][f"{workload}, stock k=0"]
-        assert why.startswith(f"vLLM's client cannot be imported; its log is {world.output}/logs/stock-k0-clients.log\n")
+        assert why.startswith(f"it ended with status 1; its log is {world.output}/logs/stock-k0-{stem}.log\n")
         assert why.endswith("\n  ModuleNotFoundError: No module named 'no_such_client'")
 
 
 def test_a_server_without_a_profiler_loses_only_the_profile(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_run, "profiler_arguments", lambda folder: [])
+    monkeypatch.setattr(serve_run, "profiler_arguments", lambda folder, delay: [])
     status, content = world.run("--side", "stock", "-k", "0", "--quick", "--profile")
     assert status == 1 and len(content["measurements"]) == 1 and content["profiles"] == []
-    assert re.match(r"http://.*/start_profile answered 404", content["failures"]["4x1024:cached, stock k=0, profile"])
+    why = content["failures"]["4x1024:cached, stock k=0, profile"]
+    assert why.startswith(f"the profiler: expected a trace in {world.output}/traces/stock-k0, found none")
 
 
 def test_a_server_that_cannot_run_all_requests_at_once_loses_only_the_profile(world: World) -> None:
     words = "--side", "stock", "-k", "0", "--quick", "--profile", "--", "--max-num-seqs", "3"
     status, content = world.run(*words)
     assert status == 1 and len(content["measurements"]) == 1 and content["profiles"] == []
-    message = "the requests ended before 4 ran at once; see --max-num-seqs"
-    assert content["failures"] == {"4x1024:cached, stock k=0, profile": message}
+    message = "expected two steps in a row of which the first decodes 4 requests, found 4 steps; see --max-num-seqs"
+    assert content["failures"] == {"4x1024:cached, stock k=0, profile": f"ValueError: the trace: {message}"}
 
 
 def gone(pid: int) -> bool:
@@ -566,7 +566,7 @@ def test_killed_and_run_again_only_what_is_missing_runs(world: World, sent: sign
 import sys
 from vllm_mqa_sm90 import cli, machine, server
 from vllm_mqa_sm90.bench.serve import clients
-serve, clients.CLI = server.vllm_serve, {Path(FAKE).stem!r}
+serve, clients.CLI, clients.IMPORTED = server.vllm_serve, {Path(FAKE).stem!r}, []
 machine.gpus = lambda: [{GPU!r}]
 server.vllm_serve = lambda *words: [sys.executable, {FAKE!r}, *serve(*words)[3:]]
 sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(world.output)!r}, *{words!r}]))
@@ -578,14 +578,15 @@ sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(worl
         time.sleep(0.1)
     start = time.monotonic()
     running.send_signal(sent)
-    _, errors = running.communicate(timeout=60)
+    running.wait(60)
     assert time.monotonic() - start < 3  # a second, and what a busy machine adds
     pids = list(map(int, re.findall(r"pid=(\d+)", world.log.read_text())))
     if sent == signal.SIGKILL:  # nobody is left to stop the last server, its child, and the client
         for pid in pids[-8:]:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
-    else:
+    _, errors = running.communicate(timeout=60)  # which ends when nobody is left
+    if sent != signal.SIGKILL:
         assert running.returncode == 130
         assert f"interrupted, the server is stopped; {world.output} keeps what was measured" in errors
     assert all(map(gone, pids))
@@ -605,18 +606,13 @@ sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(worl
     ]  # fmt: skip
 
 
-def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(serve_run.time, "monotonic", lambda: now)
-    progress = serve_run._Progress(6)
-    assert progress._left() == ""
-    now = 600.0
-    progress.step("a")
-    progress.step("b")
-    assert progress._left() == " (about 20 min left)"
-    with progress.steps(3):
-        progress.step("c")
-    assert progress._left() == " (about 2 min left)"
+def test_progress_counts_what_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+    with output.Progress(6) as progress:
+        progress.say("[2] of 6", steps=2)
+        progress.say("nothing more")
+        progress.show("what goes on", "a line of a log")
+        assert [(task.completed, task.total) for task in progress.tasks] == [(2, 6)]
+    assert capsys.readouterr().err == "[2] of 6\nnothing more\n"  # without a terminal, lines alone
 
 
 def test_without_matplotlib_the_json_stays(
@@ -624,13 +620,12 @@ def test_without_matplotlib_the_json_stays(
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.serve.plot")
-    monkeypatch.delattr(serve, "plot")
+    monkeypatch.delitem(sys.modules, "vllm_mqa_sm90.bench.plot", raising=False)
+    monkeypatch.delattr(bench, "plot", raising=False)
     status, content = world.run("--side", "stock", "-k", "0", "--quick")
     assert status == 0 and len(content["measurements"]) == 1
     error = capsys.readouterr().err
-    assert "serve.json is written; the plots are not drawn" in error
-    assert f"python -m vllm_mqa_sm90.bench.serve.plot {world.output}" in error
+    assert f"the results are in {world.output}, the plots are not drawn" in error
     assert not list(world.output.glob("*.png"))
 
 
@@ -759,8 +754,8 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
     report = Report(str(model), [GPU], {}, "", "", ["--max-num-seqs", "8"], checkpoint.ACCEPTANCE_RATES)
     commands, ks = [], (0, 1, 2, 7)
     for k in ks:
-        words = serve_kept.server_arguments(Configuration("plugin", k), report)
-        command = REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path))
+        words = serve_run.server_arguments(k, report)
+        command = REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path, delay=64))
         assert command[1:3] == ["-m", "vllm.entrypoints.cli.main"]
         commands.append(command[3:])
     chosen = [Workload.parse(text) for text in ("8x1024", "8x1024:cached", "2xshort", "3xhumaneval")]

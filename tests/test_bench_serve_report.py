@@ -4,8 +4,6 @@
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,9 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
-from vllm_mqa_sm90.bench.serve import plot as serve_plot
+from vllm_mqa_sm90.bench import plot
 from vllm_mqa_sm90.bench.serve.report import (
+    Job,
     Measurement,
     Profiled,
     Report,
@@ -34,12 +33,12 @@ GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
 def measured(side: str, k: int, tokens_per_s: float, workload: str = "4x1024:cached") -> Measurement:
     times = 123.4, 12.34, 5.678
     accepted = 0.7 if k else None, [0.8, 0.6][:k]
-    return Measurement(side, k, workload, *times, tokens_per_s, *accepted, "2026-01-01", {}, [tokens_per_s])
+    return Measurement(side, k, workload, *times, tokens_per_s, *accepted, {}, [tokens_per_s])
 
 
 def profiled(side: str, k: int) -> Profiled:
     families = dict.fromkeys((*FAMILIES, "other"), 100.0) | {"index logits": 300.0}
-    return Profiled(side, k, "4x1024:cached", "2026-01-01", Profile(20, 1200.0, 1080.0, families, {"add": 3.0}))
+    return Profiled(side, k, "4x1024:cached", Profile(20, 1200.0, 1080.0, families))
 
 
 @pytest.fixture
@@ -64,17 +63,6 @@ def test_ratios(report: Report, tmp_path: Path) -> None:
     assert [(each["over_no_mtp"], each["over_stock"]) for each in entries] == [
         (1, 1), (1, 1.02), (459 / 204, 1.53), (1.5, 1), (1.55, 1), (None, None),
     ]  # fmt: skip
-    assert Report.read(tmp_path / "serve.json") == report
-
-
-def test_a_file_without_the_best_k_is_read(report: Report, tmp_path: Path) -> None:
-    report.write(tmp_path / "serve.json")
-    content = json.loads((tmp_path / "serve.json").read_text())
-    del content["best"]
-    for entry in content["measurements"]:
-        del entry["tokens_per_step"], entry["request_tokens_per_s"]
-    (tmp_path / "serve.json").write_text(json.dumps(content))
-    assert Report.read(tmp_path / "serve.json") == report
 
 
 @pytest.fixture
@@ -86,7 +74,7 @@ def many(report: Report) -> Report:
             rates = [0.8, 0.6, 0.5, 0.3, 0.2, 0.1, 0.1][:k]
             for side, itl in ("stock", 10 + 4 * k), ("plugin", 10 + 2 * k):
                 report.measurements.append(
-                    Measurement(side, k, workload, 1.0, itl * times, 1.0, 100.0, 0.5 if k else None, rates, "", {}, [100.0])
+                    Measurement(side, k, workload, 1.0, itl * times, 1.0, 100.0, 0.5 if k else None, rates, {}, [100.0])
                 )
     return report
 
@@ -134,7 +122,7 @@ def test_table(report: Report) -> None:
 def test_longest_table_is_as_wide_as_a_terminal(report: Report) -> None:
     rates = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7]
     report.measurements = [
-        Measurement("plugin", k, "8x131072:cached", 99999.0, 99.99, 99.99, 99999.0, 1.0, rates[:k], "", {}, [1.0])
+        Measurement("plugin", k, "8x131072:cached", 99999.0, 99.99, 99.99, 99999.0, 1.0, rates[:k], {}, [1.0])
         for k in range(8)
     ]
     assert "…" not in shown(report) and "…" not in shown(report, best_table)
@@ -165,16 +153,22 @@ def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
 
 
 def test_middle_run() -> None:
-    runs = [measured("stock", 2, tokens_per_s) for tokens_per_s in (90.0, 70.0, 100.0)]
-    middle = Measurement.middle(runs)
-    assert (middle.tokens_per_s, middle.runs, middle.spread) == (90, [90, 70, 100], 1 / 3)
-    assert Measurement.middle(runs[:1]) == runs[0]
+    times = {"median_ttft_ms": 3.0, "median_itl_ms": 2.0, "median_tpot_ms": 1.0}
+    runs = [{**times, "output_throughput": tokens_per_s} for tokens_per_s in (90.0, 70.0, 100.0)]
+    runs[0] |= {"spec_decode_acceptance_rate": 70.0, "spec_decode_per_position_acceptance_rates": [0.8, 0.6]}
+    job = Job("stock", 2, Workload(4, 1024, cached=True))
+    middle = Measurement.of(job, runs)
+    assert (middle.tokens_per_s, middle.runs) == (90, [90, 70, 100])
+    assert (middle.ttft_ms, middle.itl_ms, middle.tpot_ms, middle.client) == (3, 2, 1, runs[0])
+    assert (middle.side, middle.k, middle.workload) == ("stock", 2, "4x1024:cached")
+    assert (middle.accepted, middle.accepted_at) == (0.7, [0.8, 0.6])
+    assert Measurement.of(job, runs[1:2]).accepted is None
 
 
 def test_plots(report: Report, tmp_path: Path) -> None:
     report.measurements.append(measured("stock", 0, 150.0, "4x8192:cached"))
     names = ["serve.png", "serve.svg", "serve-steps.png", "serve-steps.svg"]
-    assert [path.name for path in serve_plot.draw(report, tmp_path)] == names
+    assert [path.name for path in plot.draw(report, tmp_path)] == names
     for name in ("serve", "serve-steps"):
         assert imread(tmp_path / f"{name}.png").shape[0] > 300
         assert "set to 0.813, 0.63" in svg_text(tmp_path / f"{name}.svg")
@@ -187,7 +181,7 @@ def test_plots(report: Report, tmp_path: Path) -> None:
 def test_plots_of_many(many: Report, tmp_path: Path) -> None:
     many.profiles = [profiled(side, k) for k in range(8) for side in ("plugin", "stock")]
     many.profiles += [replace(each, workload="4x64:cached") for each in many.profiles]
-    serve_plot.draw(many, tmp_path)
+    plot.draw(many, tmp_path)
     texts = svg_text(tmp_path / "serve.svg").splitlines()
     assert [text for text in texts if "tokens, in" in text or "at once" in text] == [
         "1024 tokens, in the prefix cache", "8192 tokens, in the prefix cache", "1 at once", "8 at once",
@@ -204,10 +198,4 @@ def svg_text(path: Path) -> str:
 
 def test_nothing_to_draw(report: Report, tmp_path: Path) -> None:
     report.measurements, report.profiles = report.measurements[-1:], []
-    assert serve_plot.draw(report, tmp_path) == []
-
-
-def test_plots_are_drawn_again(report: Report, tmp_path: Path) -> None:
-    report.write(tmp_path / "serve.json")
-    subprocess.run([sys.executable, "-m", "vllm_mqa_sm90.bench.serve.plot", str(tmp_path)], check=True)
-    assert imread(tmp_path / "serve-steps.png").shape[0] > 300
+    assert plot.draw(report, tmp_path) == []

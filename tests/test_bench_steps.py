@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bench kernel`'s whole steps of the indexer: vLLM's top-k kernels, checks of selections, and what is made of the times."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,9 +14,11 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from vllm_mqa_sm90 import cli, reference
-from vllm_mqa_sm90.bench.kernel import plot, report, timing
+from vllm_mqa_sm90.bench import plot
+from vllm_mqa_sm90.bench.kernel import report
+from vllm_mqa_sm90.bench.kernel import run as kernel_run
 from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NATIVE, OURS, STEP, STEP_VLLM_TOPK, STOCK_STEP, Report, Row
-from vllm_mqa_sm90.bench.kernel.vllm_topk import COOPERATIVE, PER_ROW, PERSISTENT, VllmTopK, is_topk
+from vllm_mqa_sm90.bench.kernel.vllm_kernels import COOPERATIVE, PER_ROW, PERSISTENT, TopK, is_topk
 
 # Of the first, the rows have more tokens than k, some of them or none of the others.
 SHAPES = ("--shape", "2x700", "--shape", "3x600:ragged", "--shape", "2x64", "--top-k", "512")
@@ -27,11 +28,11 @@ SHAPES = ("--shape", "2x700", "--shape", "3x600:ragged", "--shape", "2x64", "--t
 
 
 def test_kernels_by_logits() -> None:
-    topk = VllmTopK(FakeTopK(), CPU)
+    topk = TopK(FakeTopK(), CPU)
     assert topk.kernels(torch.empty(32, 8)) == [COOPERATIVE, PERSISTENT, PER_ROW]
     assert topk.kernels(torch.empty(33, 8)) == topk.kernels(torch.empty(32, 9)) == [PERSISTENT, PER_ROW]
-    assert VllmTopK(FakeTopK(), CPU, cooperative_rows=64).kernels(torch.empty(64, 8))[0] == COOPERATIVE
-    assert VllmTopK(types.SimpleNamespace(persistent_topk=None), CPU).kernels(torch.empty(1, 8)) == [PERSISTENT]
+    assert TopK(FakeTopK(), CPU, cooperative_rows=64).kernels(torch.empty(64, 8))[0] == COOPERATIVE
+    assert TopK(types.SimpleNamespace(persistent_topk=None), CPU).kernels(torch.empty(1, 8)) == [PERSISTENT]
 
 
 @pytest.mark.parametrize("kernel", [COOPERATIVE, PERSISTENT, PER_ROW])
@@ -39,7 +40,7 @@ def test_kernels_get_what_they_ask_for(kernel: str) -> None:
     logits = torch.randn(6, 1024)[:, :1000]
     lens = torch.tensor([[0, 1], [511, 512], [999, 1000]], dtype=torch.int32)
     indices = torch.full((6, 512), -1, dtype=torch.int32)
-    VllmTopK(FakeTopK(), CPU).select(kernel, logits, lens, 1000, indices)
+    TopK(FakeTopK(), CPU).select(kernel, logits, lens, 1000, indices)
     assert is_topk(logits, lens, indices)
     assert torch.equal(indices.sort(dim=1).values[-1], reference.topk_indices(logits, lens, 512)[-1])
 
@@ -48,8 +49,8 @@ def test_the_installed_vllm_has_these_kernels(driver_path: str) -> None:
     """With the arguments that they are called with, and with the limit of rows that this release has."""
     code = f"""
 import torch, vllm, vllm._C_stable_libtorch
-from vllm_mqa_sm90.bench.kernel import vllm_topk
-topk = vllm_topk.load(torch.device("cpu"))
+from vllm_mqa_sm90.bench.kernel import vllm_kernels
+topk = vllm_kernels.load_topk(torch.device("cpu"))
 kernels = [topk.kernels(torch.empty(rows, 8)) for rows in (1, 32, 33, 64, 65)]
 print(vllm.__version__, sum("{COOPERATIVE}" in names for names in kernels), *kernels[0], flush=True)
 for name in kernels[0]:
@@ -91,8 +92,8 @@ def test_run(
     on_cpu: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Times by the order of calls: 10 us and 1 more each. Stock is native for one and two query tokens."""
-    replay_us = timing.replay_us
-    monkeypatch.setattr(timing, "replay_us", lambda *given: replay_us(*given) + len(on_cpu.timed) - 1)
+    replay_us = kernel_run.replay_us
+    monkeypatch.setattr(kernel_run, "replay_us", lambda *given: replay_us(*given) + len(on_cpu.timed) - 1)
     status, content = bench_kernel(tmp_path, *SHAPES, "--next-n", "1", "2", "3")
     assert status == 0
     assert content["top_k"] == 512 and "--top-k 512" in content["command"]
@@ -100,7 +101,7 @@ def test_run(
     assert len(rows) == 9
     for row in rows:
         assert list(row["step_us"]) == [STEP, STEP_VLLM_TOPK, STOCK_STEP]
-        first = "persistent" if "ragged" in row["shape"] else "cooperative"  # 937 columns: no multiple of four
+        first = PERSISTENT if "ragged" in row["shape"] else COOPERATIVE  # 937 columns: no multiple of four
         assert row["topk_kernels"] == {STEP_VLLM_TOPK: first, STOCK_STEP: first}
         stock = FLATTENED if row["next_n"] == 3 else NATIVE
         for step, side in (STEP, OURS), (STEP_VLLM_TOPK, OURS), (STOCK_STEP, stock):
@@ -110,7 +111,7 @@ def test_run(
     assert on_cpu.topk.calls.count(PER_ROW) >= len(rows)
     assert (tmp_path / "kernel-steps.png").is_file() and (tmp_path / "kernel-steps.svg").is_file()
     captured = capsys.readouterr()
-    assert "vLLM's fastest top-k: cooperative in 6, persistent in 3 cases" in captured.out
+    assert "vLLM's fastest top-k: cooperative_topk in 6, persistent_topk in 3 cases" in captured.out
     assert "12.0 (+2.0)" in captured.out and "17.0 (1.42)" in captured.out
     assert "our logits + selection 12.0 us" in captured.err
 
@@ -124,7 +125,7 @@ def test_mixed_steps_are_stock_when_flattened(on_cpu: types.SimpleNamespace, tmp
 def test_cooperative_has_a_limit_of_rows(on_cpu: types.SimpleNamespace, tmp_path: Path) -> None:
     _, content = bench_kernel(tmp_path, "--shape", "17x64", "--next-n", "2")
     assert COOPERATIVE not in on_cpu.topk.calls and on_cpu.topk.rows == {34}
-    assert content["rows"][0]["topk_kernels"] == {STEP_VLLM_TOPK: "persistent", STOCK_STEP: "persistent"}
+    assert content["rows"][0]["topk_kernels"] == {STEP_VLLM_TOPK: PERSISTENT, STOCK_STEP: PERSISTENT}
     assert COOPERATIVE not in content["rows"][0]["left_out"]
 
 
@@ -149,7 +150,7 @@ def test_wrong_kernels_of_vllm_are_left_out(
     on_cpu.topk.wrong = {COOPERATIVE, PERSISTENT}
     status, content = bench_kernel(tmp_path, *SHAPES, "--next-n", "3")
     assert status == 0
-    assert all(set(row["topk_kernels"].values()) == {"per row"} for row in content["rows"])
+    assert all(set(row["topk_kernels"].values()) == {PER_ROW} for row in content["rows"])
     assert f"{PERSISTENT}, 3 of 3 cases: its selection is wrong" in capsys.readouterr().out
     on_cpu.topk.wrong.add(PER_ROW)
     status, content = bench_kernel(tmp_path, *SHAPES, "--next-n", "3")
@@ -163,7 +164,7 @@ def test_without_deep_gemm_vllms_topk_is_measured(
     def missing(num_sms: int) -> None:
         raise AssertionError("no CUDA home")
 
-    monkeypatch.setattr("vllm_mqa_sm90.bench.kernel.deepgemm.load", missing)
+    monkeypatch.setattr("vllm_mqa_sm90.bench.kernel.vllm_kernels.load_deep_gemm", missing)
     status, content = bench_kernel(tmp_path, *TWO_SHAPES, "--next-n", "2")
     assert status == 0
     assert all(list(row["step_us"]) == [STEP, STEP_VLLM_TOPK] for row in content["rows"])
@@ -194,7 +195,7 @@ def two_rows() -> Report:
         Row(
             "64x32768:ragged", 3, 300_000_000, 100.0, {OURS: 110.0, FLATTENED: 260.0}, 3.0,
             step_us={STEP: 130.5, STEP_VLLM_TOPK: 141.0, STOCK_STEP: 290.0},
-            topk_kernels={STEP_VLLM_TOPK: "cooperative", STOCK_STEP: "cooperative"},
+            topk_kernels={STEP_VLLM_TOPK: COOPERATIVE, STOCK_STEP: COOPERATIVE},
         ),
         Row("32x2048", 1, 3_000_000, 3.0, {OURS: 5.5}, 3.0, step_us={STEP: 4.25}),
     ]  # fmt: skip
@@ -219,16 +220,3 @@ def test_plot_of_steps(tmp_path: Path) -> None:
     for colour in plot.STEP_COLOURS.values():
         exact = torch.tensor([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
         assert (pixels - exact).abs().amax(dim=-1).lt(0.01).sum() > 500
-
-
-def test_a_report_of_before_has_no_steps(tmp_path: Path) -> None:
-    two_rows().write(tmp_path / "kernel.json")
-    content = json.loads((tmp_path / "kernel.json").read_text())
-    del content["top_k"]
-    for row in content["rows"]:
-        for name in "step_us", "topk_kernels", "added_us":
-            del row[name]
-    (tmp_path / "kernel.json").write_text(json.dumps(content))
-    before = Report.read(tmp_path / "kernel.json")
-    assert len(report.tables(before)) == 1
-    assert [path.name for path in plot.draw(before, tmp_path)] == ["kernel.png", "kernel.svg"]

@@ -6,6 +6,7 @@ These modules import PyTorch only where a command runs: help and usage errors do
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -58,6 +59,7 @@ def _run(argv: Sequence[str]) -> int:
         if not passes_on:
             parser.error(f"this command passes nothing on to vLLM: expected nothing after --, given {passed_on[0]!r}")
         args.vllm_arguments = passed_on
+    args.command = shlex.join(["vllm-mqa-sm90", *argv])  # for reports
     return args.func(args)
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import vllm_mqa_sm90
 from vllm_mqa_sm90 import checkpoint, machine, stopping
-from vllm_mqa_sm90.metrics import Drafts
+from vllm_mqa_sm90.metrics import acceptance
 from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, seconds, speculative_config, vllm_serve
 from vllm_mqa_sm90.sizes import HEAD_DIM, TOKEN_BYTES
 
@@ -101,7 +101,7 @@ def run_on_gpu(console: Console, directory: Path | None, timeout: float, argumen
             console.print(f"server ready at {server.url} after {took:.0f} s")
             before = _report(server)
             _ask(console, server, pool)
-            complete = _prove(console, before, _report(server), Drafts.read(server.get("/metrics")).rates)
+            complete = _prove(console, before, _report(server), acceptance(server.get("/metrics")))
         console.print("server stopped")
     return 0 if complete else 1
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench kernel` found: kept as JSON, shown as a table."""
+"""What `bench kernel` found: kept as JSON, shown as tables."""
 
 import json
 import traceback
@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from vllm_mqa_sm90.bench import output
+from vllm_mqa_sm90.bench.output import figure
 
 OURS, NATIVE, FLATTENED = "ours", "native", "flattened"
 SIDES = {OURS: "vllm-mqa-sm90", NATIVE: "DeepGEMM native", FLATTENED: "DeepGEMM flattened"}
 STEP, STEP_VLLM_TOPK, STOCK_STEP = "step", "step_vllm_topk", "stock_step"
 STEPS = {STEP: "our logits + selection", STEP_VLLM_TOPK: "our logits + vLLM's top-k", STOCK_STEP: "stock vLLM"}
 """Whole steps of the indexer: logits, then their top-k."""
+NAMES = SIDES | STEPS
 
 
 class LeftOut(Exception):
@@ -48,8 +49,8 @@ class Row:
         plan_us: microseconds of our plan, which serves all layers of a step.
         relative_errors: against the FP32 reference, by side; null in JSON where not finite.
         left_out: why a side, a whole step or one of vLLM's top-k kernels has no time.
-        step_us: microseconds of a whole step, by `STEPS`; reports of before have none.
-        topk_kernels: the fastest of vLLM's top-k kernels, where a whole step has one.
+        step_us: microseconds of a whole step, by `STEPS`.
+        topk_kernels: the fastest of vLLM's top-k kernels, by whole step.
     """
 
     shape: str
@@ -71,9 +72,6 @@ class Row:
     def x_floor(self, side: str) -> float:
         return self.times_us[side] / self.floor_us
 
-    def over_ours(self, side: str) -> float:
-        return self.times_us[side] / self.times_us[OURS]
-
     def logits_us(self, step: str) -> float:
         """Of a whole step's logits alone."""
         stock = NATIVE if NATIVE in self.times_us else FLATTENED
@@ -87,6 +85,9 @@ class Row:
     def name(self) -> str:
         """For people: "64 x 8192 ragged"."""
         return self.shape.replace("x", " x ").replace(":", " ")
+
+    def __str__(self) -> str:
+        return f"{self.name}, next_n {self.next_n}"
 
 
 @dataclass
@@ -104,20 +105,12 @@ class Report:
     top_k: int = 2048
 
     def write(self, path: Path) -> None:
-        """As JSON, each row with its times over the floor, the GB/s that these amount to, and what selection adds."""
+        """As JSON, each row with its times over the floor and what selection adds."""
         content = asdict(self)
         for row, entry in zip(self.rows, content["rows"], strict=True):
             entry["x_floor"] = {side: row.x_floor(side) for side in row.times_us}
-            entry["gb_per_s"] = {side: row.floor_bytes / time / 1e3 for side, time in row.times_us.items()}
             entry["added_us"] = {step: row.added_us(step) for step in row.step_us}
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def read(cls, path: Path) -> "Report":
-        """What `write` wrote."""
-        content = json.loads(path.read_text())
-        rows = [Row(**output.known(Row, entry)) for entry in content["rows"]]
-        return cls(**{**content, "rows": rows})
 
     @property
     def setting(self) -> str:
@@ -141,79 +134,54 @@ class Report:
             f"requests of at most {self.top_k} tokens: our step leaves their logits out"
         )
 
-    @property
-    def has_steps(self) -> bool:
-        return any(row.step_us for row in self.rows)
-
-
-def tables(report: Report) -> list[Table]:
-    """Of the logits, and of whole steps where these were measured."""
-    return [table(report), *([step_table(report)] if report.has_steps else [])]
-
 
 def table(report: Report) -> Table:
     """A line for each case; DeepGEMM's times with their ratio to ours."""
+
+    def cells(row: Row) -> list[str]:
+        if OURS in row.left_out:
+            return ["[red]failed[/]", "-", "-", "-", "-"]
+        ours = row.times_us[OURS]
+        peers = (_with_ratio(row.times_us.get(side), ours) for side in (NATIVE, FLATTENED))
+        return [figure(ours, 1), figure(row.x_floor(OURS)), figure(row.plan_us, 1), *peers]
+
     peers = "DeepGEMM\nnative\nus (/ ours)", "DeepGEMM\nflattened\nus (/ ours)"
-    return _table(report, ("ours\nus", "x\nfloor", "GB/s", "plan\nus", *peers), _cells)
+    return _table(report, ("ours\nus", "x\nfloor", "plan\nus", *peers), cells)
 
 
 def step_table(report: Report) -> Table:
     """A line for each case; of whole steps."""
-    headings = "ours\nus (+)", "ours, vLLM's top-k\nus (+)", "stock\nus (/ ours)"
-    result = _table(report, headings, _step_cells)
+
+    def cells(row: Row) -> list[str]:
+        if row.failed:
+            return ["[red]failed[/]", "-", "-"]
+        own = (
+            f"{row.step_us[step]:.1f} ({row.added_us(step):+.1f})" if step in row.step_us else "-"
+            for step in (STEP, STEP_VLLM_TOPK)
+        )
+        return [*own, _with_ratio(row.step_us.get(STOCK_STEP), row.step_us.get(STEP))]
+
+    result = _table(report, ("ours\nus (+)", "ours, vLLM's top-k\nus (+)", "stock\nus (/ ours)"), cells)
     result.title, result.title_justify, result.title_style = report.step_conditions, "left", ""
     return result
 
 
 def _table(report: Report, headings: Sequence[str], cells: Callable[[Row], list[str]]) -> Table:
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    result.add_column("batch x context", no_wrap=True)
-    for heading in ("next_n", *headings):
-        result.add_column(heading, justify="right", no_wrap=True)
-    previous = ""
-    for row in report.rows:
-        if row.name != previous and previous:
-            result.add_section()
-        result.add_row(row.name if row.name != previous else "", str(row.next_n), *cells(row))
-        previous = row.name
-    return result
+    lines = [(row.name, str(row.next_n), *cells(row)) for row in report.rows]
+    return output.table(("batch x context", "next_n", *headings), lines, gap=1)
 
 
-def _cells(row: Row) -> list[str]:
-    if OURS in row.left_out:
-        return ["[red]failed[/]", *["-"] * 5]
-    ours = row.times_us[OURS]
-    peers = [
-        f"{row.times_us[side]:.1f} ({row.over_ours(side):.2f})" if side in row.times_us else "-"
-        for side in (NATIVE, FLATTENED)
-    ]
-    rate = row.floor_bytes / ours / 1e3
-    return [f"{ours:.1f}", f"{row.x_floor(OURS):.2f}", f"{rate:.0f}", f"{row.plan_us:.1f}", *peers]
-
-
-def _step_cells(row: Row) -> list[str]:
-    if row.failed:
-        return ["[red]failed[/]", "-", "-"]
-    ours, mixed = (
-        f"{row.step_us[step]:.1f} ({row.added_us(step):+.1f})" if step in row.step_us else "-"
-        for step in (STEP, STEP_VLLM_TOPK)
-    )
-    stock = row.step_us.get(STOCK_STEP)
-    ratio = f" ({stock / row.step_us[STEP]:.2f})" if stock and STEP in row.step_us else ""
-    return [ours, mixed, f"{stock:.1f}{ratio}" if stock else "-"]
+def _with_ratio(us: float | None, ours: float | None) -> str:
+    ratio = f" ({us / ours:.2f})" if us and ours else ""
+    return f"{figure(us, 1)}{ratio}"
 
 
 def notes(report: Report) -> list[str]:
-    """Which of vLLM's top-k kernels it was, and why times are missing: a line for each failure of ours, one for each
-    reason of the others.
-    """
-    names = SIDES | STEPS
-    failures = [
-        f"{row.name}, next_n {row.next_n}: {row.left_out[ours]}" for row in report.rows for ours in (OURS, STEP) if ours in row.left_out
-    ]
-    reasons = Counter((side, row.left_out[side]) for row in report.rows for side in row.left_out if side not in (OURS, STEP))
+    """Which of vLLM's top-k kernels was fastest, and why times are missing: each failure of ours, each other reason."""
     kernels = Counter(row.topk_kernels[STEP_VLLM_TOPK] for row in report.rows if STEP_VLLM_TOPK in row.topk_kernels)
-    fastest = [f"vLLM's fastest top-k: {', '.join(f'{name} in {count}' for name, count in kernels.items())} cases"] if kernels else []
-    return fastest + failures + [
-        f"{names.get(side, side)}, {count} of {len(report.rows)} cases: {reason}" for (side, reason), count in reasons.items()
-    ]
+    fastest = ", ".join(f"{name} in {count}" for name, count in kernels.items())
+    found = [f"vLLM's fastest top-k: {fastest} cases"] if kernels else []
+    found += [f"{row}: {row.left_out[side]}" for row in report.rows for side in (OURS, STEP) if side in row.left_out]
+    reasons = Counter(each for row in report.rows for each in row.left_out.items() if each[0] not in (OURS, STEP))
+    others = ((NAMES.get(side, side), count, reason) for (side, reason), count in reasons.items())
+    return found + [f"{name}, {count} of {len(report.rows)} cases: {reason}" for name, count, reason in others]

@@ -6,61 +6,57 @@ The imports take longer than many a run.
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from vllm_mqa_sm90.server import CLI, Process, start
+from vllm_mqa_sm90.server import CLI, Process
 
-_PROGRAM = Path(__file__).with_name("forking.py")
+# What a run imports, in vLLM 0.26 and 0.33; what another release does not have is passed over.
+IMPORTED = [CLI, "vllm.benchmarks.serve", "vllm.entrypoints.cli.benchmark.main", "vllm.entrypoints.cli.serve"]
+
+_FORKS = multiprocessing.get_context("forkserver")
 
 
-class Clients(Process):
-    """The process that has, or will soon have, imported the client; a context manager, as each `run` is.
-
-    Its start returns at once: the imports go on meanwhile.
-    """
-
-    def __init__(self, log: Path, env: Mapping[str, str]) -> None:
-        self._connection, theirs = Pipe()
-        command = [sys.executable, str(_PROGRAM), str(theirs.fileno()), CLI]
-        with theirs:
-            # It has nothing to finish: no grace.
-            super().__init__(start(command, log, env, pass_fds=[theirs.fileno()]), log, grace=0)
-
-    def run(self, arguments: Sequence[str], log: Path) -> Process:
-        """A run of the command `vllm` with these arguments; one at a time. ServerError if the imports failed."""
-        log.write_bytes(b"")  # there to be read before the run writes
-        try:
-            self._connection.send((list(arguments), str(log)))
-            return Process(_Fork(self._connection), log)
-        except (EOFError, OSError) as error:
-            raise self._error("vLLM's client cannot be imported") from error
+def start(arguments: Sequence[str], log: Path, env: Mapping[str, str]) -> Process:
+    """A run of the command `vllm` with these arguments, which says all to `log`."""
+    log.write_bytes(b"")  # there to be read before the run writes
+    _FORKS.set_forkserver_preload(IMPORTED)
+    process = _FORKS.Process(target=_run, args=(CLI, list(arguments), str(log), dict(env)))
+    process.start()
+    return Process(_Fork(process), log)
 
 
 class _Fork:
-    """What `Process` asks of a subprocess.Popen, of a process whose parent is at the other end of the connection."""
+    """What `server.Process` asks of a subprocess.Popen, of a process of multiprocessing."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._status: int | None = None
-        self.pid: int = connection.recv()
+    def __init__(self, process: multiprocessing.Process) -> None:
+        self._process = process
+        self.pid = process.pid
 
     def poll(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
-        return self._status
+        return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        if self._status is None:
-            if not self._connection.poll(timeout):
-                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-            self._status = self._connection.recv()
-        return self._status
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+
+def _run(cli: str, arguments: list[str], log: str, env: dict[str, str]) -> None:
+    os.setsid()  # a group of its own, that is stopped as whole
+    with open(log, "ab") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["vllm", *arguments]
+    importlib.import_module(cli).main()

@@ -5,43 +5,51 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from vllm_mqa_sm90.bench import output
+from vllm_mqa_sm90.bench.output import figure
 from vllm_mqa_sm90.bench.serve.trace import Profile
 from vllm_mqa_sm90.bench.serve.workloads import Workload
-from vllm_mqa_sm90.metrics import Drafts
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = {STOCK: "stock vLLM", PLUGIN: "vllm-mqa-sm90"}
 
-_Found = TypeVar("_Found", "Measurement", "Profiled")
-
 
 @dataclass(frozen=True)
-class Configuration:
-    """A server: `side` is STOCK or PLUGIN, `k` the speculative tokens."""
+class Job:
+    """One thing to find out: the figures of a workload, or its profile, on the server of a side with k drafts."""
 
     side: str
     k: int
+    workload: Workload
+    profiled: bool = False
 
     def __str__(self) -> str:
+        return f"{self.workload}, {self.server}{', profile' if self.profiled else ''}"
+
+    @property
+    def server(self) -> str:
         return f"{self.side} k={self.k}"
 
     @property
     def stem(self) -> str:
-        """For file names."""
-        return f"{self.side}-k{self.k}"
+        """For names of files."""
+        return stem(f"{self.server}-{self.workload}{'-profile' if self.profiled else ''}")
+
+
+def stem(server: str) -> str:
+    """For names of files of a server."""
+    return server.replace(" k=", "-k").replace(":", "-")
 
 
 @dataclass
 class Measurement:
-    """One workload on one configuration: of several runs, the middle one by tokens a second.
+    """One workload on one server: of several runs, the middle one by tokens a second.
 
     Attributes:
         ttft_ms: median milliseconds to the first token.
@@ -50,7 +58,6 @@ class Measurement:
         tokens_per_s: output tokens a second, of all requests together, prefill included.
         accepted: share of draft tokens that were accepted; None without drafts.
         accepted_at: share of drafts accepted at least up to each position.
-        date: ISO 8601, UTC.
         client: all that `vllm bench serve` wrote.
         runs: tokens a second of each run.
     """
@@ -64,33 +71,23 @@ class Measurement:
     tokens_per_s: float
     accepted: float | None
     accepted_at: list[float]
-    date: str
     client: dict[str, Any]
     runs: list[float]
 
     @classmethod
-    def of(cls, at: Configuration, workload: Workload, client: dict[str, Any], drafts: Drafts, date: str) -> Measurement:
-        """One run, from the JSON of `vllm bench serve` and what the server drafted meanwhile."""
-        return cls(
-            side=at.side,
-            k=at.k,
-            workload=str(workload),
-            ttft_ms=client["median_ttft_ms"],
-            itl_ms=client["median_itl_ms"],
-            tpot_ms=client["median_tpot_ms"],
-            tokens_per_s=client["output_throughput"],
-            accepted=drafts.rate,
-            accepted_at=drafts.rates,
-            date=date,
-            client=client,
-            runs=[client["output_throughput"]],
-        )
+    def of(cls, job: Job, runs: Sequence[dict[str, Any]]) -> Measurement:
+        """From what `vllm bench serve` wrote in an odd number of runs of the same."""
+        client = sorted(runs, key=lambda run: run["output_throughput"])[len(runs) // 2]
+        figures = (client[f"median_{name}_ms"] for name in ("ttft", "itl", "tpot"))
+        percent = client.get("spec_decode_acceptance_rate")
+        accepted = None if percent is None else percent / 100
+        accepted_at = client.get("spec_decode_per_position_acceptance_rates", [])
+        speeds = [run["output_throughput"] for run in runs]
+        given = *figures, client["output_throughput"], accepted, accepted_at, client, speeds
+        return cls(job.side, job.k, str(job.workload), *given)
 
-    @classmethod
-    def middle(cls, runs: Sequence[Measurement]) -> Measurement:
-        """Of an odd number of runs of the same."""
-        middle = sorted(runs, key=lambda run: run.tokens_per_s)[len(runs) // 2]
-        return replace(middle, runs=[run.tokens_per_s for run in runs])
+    def __str__(self) -> str:
+        return f"{self.tokens_per_s:.0f} tok/s"
 
     @property
     def tokens_per_step(self) -> float:
@@ -105,42 +102,30 @@ class Measurement:
         """
         return 1e3 * self.tokens_per_step / self.itl_ms
 
-    @property
-    def spread(self) -> float:
-        """How far apart the runs are, over the middle one."""
-        return (max(self.runs) - min(self.runs)) / self.tokens_per_s
 
 
 @dataclass
 class Profiled:
-    """The GPU's part in the decode steps of one workload on one configuration."""
+    """The GPU's part in the decode steps of one workload on one server."""
 
     side: str
     k: int
     workload: str
-    date: str
     profile: Profile
 
-    def __post_init__(self) -> None:
-        if isinstance(self.profile, dict):  # from JSON
-            self.profile = Profile(**self.profile)
+    def __str__(self) -> str:
+        return f"{self.profile.steps} steps profiled"
 
 
 @dataclass
 class Report:
-    """A run.
+    """A run: what was asked for and where, what was measured, and with --profile profiled.
 
     Attributes:
-        model: path or name.
         gpus: as `machine.gpus` lists them.
-        versions: by package.
-        date: of the report, ISO 8601, UTC; each measurement has its own.
-        command: what measures the same.
-        vllm_arguments: passed on to `vllm serve`.
-        acceptance: the rates that vLLM's synthetic acceptance is set to, up to the last position that is drafted (older
-            reports: or beyond); None: drafts are the model's.
-        measurements: what was measured.
-        profiles: with --profile.
+        date: ISO 8601, UTC.
+        acceptance: the rates that vLLM's synthetic acceptance is set to, up to the last position that is drafted; None:
+            drafts are the model's.
         failures: why something was not measured, by what it was.
     """
 
@@ -156,64 +141,44 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As JSON, each measurement with what follows from it, and the best number of speculative tokens of each workload."""
+        """As JSON, each measurement with what follows from it, and the best k of each workload."""
         content = asdict(self)
-        for measurement, entry in zip(self.measurements, content["measurements"], strict=True):
-            entry |= {name: getattr(measurement, name) for name in ("tokens_per_step", "request_tokens_per_s")}
-            entry |= {"over_no_mtp": self.over_no_mtp(measurement), "over_stock": self.over_stock(measurement)}
+        for each, entry in zip(self.measurements, content["measurements"], strict=True):
+            entry |= {"tokens_per_step": each.tokens_per_step, "request_tokens_per_s": each.request_tokens_per_s}
+            entry |= {"over_no_mtp": self.over(each, each.side, 0), "over_stock": self.over(each, STOCK, each.k)}
+        named = "workload", "side", "k", "request_tokens_per_s"
         content["best"] = [
-            {
-                "workload": best.workload,
-                "side": best.side,
-                "k": best.k,
-                "request_tokens_per_s": best.request_tokens_per_s,
-                "over_stock": self.over_best_of_stock(best),
-            }
-            for best in self.best()
+            {**{name: getattr(each, name) for name in named}, "over_stock": over}
+            for each, over in self.best()
         ]
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
 
-    @classmethod
-    def read(cls, path: Path) -> Report:
-        """What `write` wrote, this one or an older one; what follows from the rest is left out."""
-        content = output.known(cls, json.loads(path.read_text()))
-        measurements = [Measurement(**output.known(Measurement, entry)) for entry in content["measurements"]]
-        profiles = [Profiled(**entry) for entry in content["profiles"]]
-        return cls(**{**content, "measurements": measurements, "profiles": profiles})
+    def measured(self, side: str, k: int, workload: str) -> Measurement | None:
+        """What was measured there; None: nothing."""
+        found = (each for each in self.measurements if (each.side, each.k, each.workload) == (side, k, workload))
+        return next(found, None)
 
-    def best(self) -> list[Measurement]:
-        """For each workload and side the number of speculative tokens with which a request decodes fastest, of those measured."""
+    def over(self, each: Measurement, side: str, k: int) -> float | None:
+        """Tokens a second over those of another server for the same workload; None where these are missing."""
+        other = self.measured(side, k, each.workload)
+        return each.tokens_per_s / other.tokens_per_s if other else None
+
+    def best(self) -> list[tuple[Measurement, float | None]]:
+        """For each workload and side what has the fastest k for a request, and how fast over stock's fastest."""
         found: dict[tuple[str, str], Measurement] = {}
         for each in self.measurements:
             at = each.workload, each.side
             found[at] = max(found.get(at, each), each, key=lambda one: one.request_tokens_per_s)
-        return list(found.values())
-
-    def over_best_of_stock(self, best: Measurement) -> float | None:
-        """One of `best` over stock vLLM's for the workload, each at its own number; None where this is missing."""
-        stock = (each for each in self.best() if (each.workload, each.side) == (best.workload, STOCK))
-        return next((best.request_tokens_per_s / each.request_tokens_per_s for each in stock), None)
-
-    def over_no_mtp(self, measurement: Measurement) -> float | None:
-        """Tokens a second over the same side's without speculative tokens; None where these are missing."""
-        return self._over(measurement, measurement.side, 0)
-
-    def over_stock(self, measurement: Measurement) -> float | None:
-        """Tokens a second over stock vLLM's with as many speculative tokens; None where these are missing."""
-        return self._over(measurement, STOCK, measurement.k)
-
-    def _over(self, measurement: Measurement, side: str, k: int) -> float | None:
-        other = self._measured(side, k, measurement.workload)
-        return None if other is None else measurement.tokens_per_s / other.tokens_per_s
+        stock = {workload: each.request_tokens_per_s for (workload, side), each in found.items() if side == STOCK}
+        return [
+            (each, each.request_tokens_per_s / stock[each.workload] if each.workload in stock else None)
+            for each in found.values()
+        ]
 
     def share_of_step(self, profiled: Profiled, us: float) -> float | None:
-        """`us` of GPU time, over the ITL measured without the profiler, which lengthens it; None: that was not measured."""
-        measurement = self._measured(profiled.side, profiled.k, profiled.workload)
-        return None if measurement is None else us / (1e3 * measurement.itl_ms)
-
-    def _measured(self, side: str, k: int, workload: str) -> Measurement | None:
-        found = (each for each in self.measurements if (each.side, each.k, each.workload) == (side, k, workload))
-        return next(found, None)
+        """`us` of GPU time over the ITL without the profiler, which lengthens it; None: that was not measured."""
+        found = self.measured(profiled.side, profiled.k, profiled.workload)
+        return us / (1e3 * found.itl_ms) if found else None
 
     @property
     def setting(self) -> str:
@@ -226,47 +191,54 @@ class Report:
     @property
     def conditions(self) -> str:
         """What the figures mean, in one line."""
-        arguments = f" with {' '.join(self.vllm_arguments)}" if self.vllm_arguments else ""
+        model = " with ".join(filter(None, (self.model, " ".join(self.vllm_arguments))))
         if self.acceptance is None:
-            return f"{self.model}{arguments}; acceptance is that of the model's own drafts"
+            return f"{model}; acceptance is that of the model's own drafts"
         if not self.acceptance:
-            return f"{self.model}{arguments}; nothing is drafted"
+            return f"{model}; nothing is drafted"
         rates = ", ".join(f"{rate:g}" for rate in self.acceptance)
-        return f"{self.model}{arguments}; acceptance is NOT the model's: vLLM's synthetic one, set to {rates}"
+        return f"{model}; acceptance is NOT the model's: vLLM's synthetic one, set to {rates}"
+
+
+def tables(report: Report) -> list[Table]:
+    """Of the measurements, of the best k where there are several, and of the profiles where there are any."""
+    found = [table(report)]
+    if len({each.k for each in report.measurements}) > 1:
+        found.append(best_table(report))
+    if report.profiles:
+        found.append(profile_table(report))
+    return found
 
 
 def table(report: Report) -> Table:
     """A line for each measurement, workload by workload."""
+
+    def cells(each: Measurement) -> list[str]:
+        times = f"{each.ttft_ms:.0f}", f"{each.itl_ms:.2f}", f"{each.tpot_ms:.2f}", f"{each.tokens_per_s:.0f}"
+        by_position = " ".join(f"{100 * share:.0f}" for share in each.accepted_at) or "-"
+        ratios = figure(report.over(each, each.side, 0)), figure(report.over(each, STOCK, each.k))
+        return [*times, figure(each.accepted, 1, 100), by_position, *ratios]
+
     # With the longest cells of k=3 just 80 wide.
     columns = "TTFT\nms", "ITL\nms", "TPOT\nms", "output\ntok/s", "acc.\n%", "by position\n%", "x no\nMTP", "x\nstock"
-    result = _table(
-        columns,
-        report.measurements,
-        lambda each: (
-            f"{each.ttft_ms:.0f}",
-            f"{each.itl_ms:.2f}",
-            f"{each.tpot_ms:.2f}",
-            f"{each.tokens_per_s:.0f}",
-            "-" if each.accepted is None else f"{100 * each.accepted:.1f}",
-            " ".join(f"{100 * share:.0f}" for share in each.accepted_at) or "-",
-            _ratio(report.over_no_mtp(each)),
-            _ratio(report.over_stock(each)),
-        ),
-    )
+    result = _table(columns, report.measurements, cells)
     result.columns[-3].no_wrap = False  # more positions go on in a second line
     return result
 
 
 def best_table(report: Report) -> Table:
-    """A line for each workload and side: tokens a second of a request with each number of speculative tokens, and the best."""
+    """A line for each workload and side: tokens a second of a request with each k, and the best."""
     ks = sorted({each.k for each in report.measurements})
-    figures = {(each.workload, each.side, each.k): each.request_tokens_per_s for each in report.measurements}
+    over_stock = {(each.workload, each.side): over for each, over in report.best()}
 
     def cells(best: Measurement) -> list[str]:
-        found = [figures.get((best.workload, best.side, k)) for k in ks]
-        return [*map(_three_digits, found), str(best.k), _ratio(report.over_best_of_stock(best))]
+        found = [report.measured(best.side, k, best.workload) for k in ks]
+        speeds = [each.request_tokens_per_s if each else None for each in found]
+        shown = [figure(speed, 1 if speed and speed < 100 else 0) for speed in speeds]
+        return [*shown, str(best.k), figure(over_stock[best.workload, best.side])]
 
-    result = _table([*(f"k={k}" for k in ks), "best k", "x stock"], report.best(), cells, lambda best: best.side)
+    best = [each for each, _ in report.best()]
+    result = _table([*(f"k={k}" for k in ks), "best k", "x stock"], best, cells, lambda best: best.side)
     result.title = "tok/s of one request while it decodes: tokens of a step over ITL"
     return result
 
@@ -274,14 +246,12 @@ def best_table(report: Report) -> Table:
 def profile_table(report: Report) -> Table:
     """A line for each profile: GPU time of a decode step, its index logits, its top-k; shares are those of the ITL."""
 
-    def percent(each: Profiled, us: float) -> str:
-        share = report.share_of_step(each, us)
-        return "-" if share is None else f"{100 * share:.0f}"
-
-    def cells(each: Profiled) -> tuple[str, ...]:
-        busy, logits, top_k = each.profile.busy_us, *map(each.profile.families.get, ("index logits", "top-k"))
-        times = f"{busy / 1e3:.2f}", f"{logits:.0f}", f"{top_k:.0f}"
-        return tuple(cell for time, us in zip(times, (busy, logits, top_k), strict=True) for cell in (time, percent(each, us)))
+    def cells(each: Profiled) -> list[str]:
+        busy, families = each.profile.busy_us, each.profile.families
+        found = [f"{busy / 1e3:.2f}", figure(report.share_of_step(each, busy), 0, 100)]
+        for us in families["index logits"], families["top-k"]:
+            found += [f"{us:.0f}", figure(report.share_of_step(each, us), 0, 100)]
+        return found
 
     of_step = "of step\n%"
     return _table(("GPU time\nms", of_step, "logits\nus", of_step, "top-k\nus", of_step), report.profiles, cells)
@@ -289,40 +259,23 @@ def profile_table(report: Report) -> Table:
 
 def _table(
     columns: Sequence[str],
-    found: Sequence[_Found],
-    cells: Callable[[_Found], Sequence[str]],
-    server: Callable[[_Found], str] = lambda each: str(Configuration(each.side, each.k)),
+    found: Sequence[Any],
+    cells: Callable[[Any], list[str]],
+    server: Callable[[Any], str] = lambda each: f"{each.side} k={each.k}",
 ) -> Table:
     """Workloads in the order in which they first appear; in each, by k, stock first."""
-    result = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    result.add_column("workload", no_wrap=True)
-    result.add_column("server", no_wrap=True)
-    for heading in columns:
-        result.add_column(heading, justify="right", no_wrap=True)
     order, sides = list(dict.fromkeys(each.workload for each in found)), list(SIDES)
-    previous = ""
-    for each in sorted(found, key=lambda each: (order.index(each.workload), each.k, sides.index(each.side))):
-        if each.workload != previous and previous:
-            result.add_section()
-        workload = each.workload if each.workload != previous else ""
-        result.add_row(workload, server(each), *cells(each))
-        previous = each.workload
-    return result
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _three_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.{1 if value < 100 else 0}f}"
+    found = sorted(found, key=lambda each: (order.index(each.workload), each.k, sides.index(each.side)))
+    lines = [(each.workload, server(each), *cells(each)) for each in found]
+    return output.table(("workload", "server", *columns), lines, left=2)
 
 
 def notes(report: Report) -> list[str]:
     """How far apart the runs were, and the failures, a line each: the ends of the logs were shown when they came."""
     found = []
     if repeated := [each for each in report.measurements if len(each.runs) > 1]:
-        widest = max(repeated, key=lambda each: each.spread)
-        at = f"{widest.workload}, {Configuration(widest.side, widest.k)}"
-        found.append(f"cached prompts: the middle of {len(widest.runs)} runs, at most {widest.spread:.1%} apart ({at})")
+        spreads = [(max(each.runs) - min(each.runs)) / each.tokens_per_s for each in repeated]
+        widest = repeated[spreads.index(max(spreads))]
+        apart = f"at most {max(spreads):.1%} apart ({widest.workload}, {widest.side} k={widest.k})"
+        found.append(f"cached prompts: the middle of {len(widest.runs)} runs, {apart}")
     return found + [f"{what} failed: {why.splitlines()[0]}" for what, why in report.failures.items()]

@@ -3,42 +3,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from vllm_mqa_sm90 import metrics, server
+import vllm_mqa_sm90
+from vllm_mqa_sm90 import checkpoint, server
 from vllm_mqa_sm90.bench import output
-from vllm_mqa_sm90.bench.serve import trace
-from vllm_mqa_sm90.bench.serve.clients import Clients
-from vllm_mqa_sm90.bench.serve.kept import Job, Kept, server_arguments
-from vllm_mqa_sm90.bench.serve.report import PLUGIN, Configuration, Measurement, Profiled, Report
-from vllm_mqa_sm90.bench.serve.workloads import Workload
-from vllm_mqa_sm90.metrics import Drafts
-from vllm_mqa_sm90.server import Process, Server, ServerError
+from vllm_mqa_sm90.bench.serve import clients, trace
+from vllm_mqa_sm90.bench.serve.report import PLUGIN, Job, Measurement, Profiled, Report, stem
+from vllm_mqa_sm90.bench.serve.trace import Profile
+from vllm_mqa_sm90.server import Server, ServerError, speculative_config
 
+# What decides how the plugin's steps run; the rest of the package measures and reports.
+_PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py")
 _PROFILED_STEPS = 24
-_PROFILE_SECONDS = 3.0  # in which these steps pass
-_TOKENS_BEFORE_PROFILE = 8  # of each request on average, once all run
+_STEPS_BEFORE_PROFILE = 64  # in which the requests of a :cached workload come to decode, all of them
 
 
-def profiler_arguments(folder: Path, steps: int = _PROFILED_STEPS) -> list[str]:
-    """What lets a server profile some steps on /start_profile, with a trace of each worker in `folder`."""
+def profiler_arguments(folder: Path, steps: int = _PROFILED_STEPS, delay: int = 0) -> list[str]:
+    """What lets a server profile `steps`, `delay` steps after /start_profile; each worker's trace goes to `folder`."""
     config = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder.resolve()),
         "torch_profiler_with_stack": False,
         "torch_profiler_dump_cuda_time_total": False,
         "ignore_frontend": True,
+        "delay_iterations": delay,
         "max_iterations": steps,
     }
     return ["--profiler-config", json.dumps(config)]
@@ -49,152 +44,136 @@ def bench_arguments(model: str, port: int, arguments: Sequence[str]) -> list[str
     return ["bench", "serve", "--model", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
 
 
-class Run:
-    """Fills a report, and writes it as serve.json into `output` after each result."""
+def server_arguments(k: int, report: Report) -> list[str]:
+    """The arguments of the `vllm serve` with k speculative tokens, those of the user last."""
+    drafts = ["--speculative-config", json.dumps(speculative_config(k, report.acceptance))] if k else []
+    return [*drafts, *report.vllm_arguments]
 
-    def __init__(self, report: Report, kept: Kept, output: Path, timeout: float) -> None:
-        self._report, self._kept, self._output, self._timeout = report, kept, output, timeout
-        self._results: dict[Job, Measurement | Profiled | None] = {}  # in the order of the report
-        self._logs = output / "logs"
-        self._logs.mkdir(exist_ok=True)
+
+class Run:
+    """Fills a report, and writes it as serve.json into `folder` after each result."""
+
+    def __init__(self, report: Report, folder: Path, timeout: float) -> None:
+        self._report, self._folder, self._timeout = report, folder, timeout
+        self._logs = folder / "logs"
+        for each in self._logs, folder / "results":
+            each.mkdir(exist_ok=True)
 
     def do(self, jobs: Sequence[Job], *, fresh: bool) -> None:
         """Finds out what the jobs ask for. Unless `fresh`, results of earlier runs count.
 
-        What fails is in the report's `failures`, by job or configuration.
+        What fails is in the report's `failures`, by job or server.
         """
-        missing: dict[Configuration, list[Job]] = {}
-        for job in jobs:
-            self._results[job] = None if fresh else self._kept.load(job)
-            if self._results[job] is None:
-                missing.setdefault(job.at, []).append(job)
+        self._fresh = fresh
+        self._results = {job: None if fresh else self._load(job) for job in jobs}
         self._write()
-        to_do = sum(map(len, missing.values()))
-        # The start of a server counts as one step more.
-        with _Progress(to_do + len(missing)) as self._progress:
-            if to_do < len(jobs):
-                kept = f"{len(jobs) - to_do} of {len(jobs)} results are in {self._output}"
-                self._progress.say(f"{kept}; --fresh measures them again")
-            for at, its_jobs in missing.items():
-                with self._progress.steps(1 + len(its_jobs)):
-                    try:
-                        self._serve(at, its_jobs)
-                    except ServerError as error:
-                        self._fail(str(at), error)
+        missing = [job for job in jobs if self._results[job] is None]
+        with output.Progress(len(jobs)) as self._progress:
+            if there := len(jobs) - len(missing):
+                text = f"{there} of {len(jobs)} results are in {self._folder}; --fresh measures them again"
+                self._progress.say(text, steps=there)
+            for name in dict.fromkeys(job.server for job in missing):
+                try:
+                    self._serve([job for job in missing if job.server == name])
+                except ServerError as error:
+                    self._fail(name, error)
 
-    def _serve(self, at: Configuration, jobs: Sequence[Job]) -> None:
+    def _files(self, job: Job) -> list[Path]:
+        """Where a job's results are kept, one of each run: a name has a hash of all that the result depends on."""
+        digest = _digest(json.dumps(depends_on(job, self._report), sort_keys=True).encode())[:12]
+        # Other prompts than cached ones are new to the server only once.
+        runs = range(3 if job.workload.cached and not job.profiled else 1)
+        return [self._folder / "results" / f"{job.stem}-{digest}.{run}.json" for run in runs]
+
+    def _load(self, job: Job) -> Measurement | Profiled | None:
+        """The result that is kept; None where a run is missing."""
+        if not all(file.exists() for file in self._files(job)):
+            return None
+        contents = [json.loads(file.read_text()) for file in self._files(job)]
+        if job.profiled:
+            return Profiled(job.side, job.k, str(job.workload), Profile(**contents[0]))
+        return Measurement.of(job, contents)
+
+    def _serve(self, jobs: Sequence[Job]) -> None:
         """One server and what is asked of it. ServerError if it does not start, or dies."""
-        env, port = self._environment(at), server.free_port()
-        arguments = server_arguments(at, self._report)
+        first, port = jobs[0], server.free_port()
+        env = self._environment(first.side)
+        arguments = server_arguments(first.k, self._report)
         if any(job.profiled for job in jobs):
-            arguments = [*arguments, *profiler_arguments(self._traces(at))]
+            arguments += profiler_arguments(self._traces(first), delay=_STEPS_BEFORE_PROFILE)
         command = server.vllm_serve(Path(self._report.model), port, *arguments)
-        clients_log = self._logs / f"{at.stem}-clients.log"
-        with Clients(clients_log, env) as clients, Server(command, port, self._logs / f"{at.stem}.log", env) as running:
-            seconds = running.wait_ready(
+        with Server(command, port, self._logs / f"{stem(first.server)}.log", env) as running:
+            took = running.wait_ready(
                 self._timeout,
-                lambda seconds, line: self._progress.show(f"{at}: vllm serve starts, {seconds:.0f} s", line),
+                lambda seconds, line: self._progress.show(f"{first.server}: vllm serve starts, {seconds:.0f} s", line),
             )
-            self._progress.step(f"{at}: server ready after {seconds:.0f} s")
-            cached: Workload | None = None  # whose prompts the server had last
+            self._progress.say(f"{first.server}: server ready after {took:.0f} s")
+            cached = None  # the workload whose prompts the server had last
             for job in jobs:
                 try:
-                    if job.workload != cached:
-                        for _ in range(job.workload.rehearsals):
-                            self._ask(job, running, clients, rehearsal=True)
+                    # Cached prompts have to be in the cache, and what runs where they are found there to be compiled.
+                    for _ in range(0 if job.workload == cached else 2 if job.workload.cached else 1):
+                        self._ask(job, port, env, rehearsal=True)
                     cached = job.workload
-                    find_out = self._profile if job.profiled else self._measure
-                    result = find_out(job, running, clients)
+                    for file in self._files(job):
+                        if self._fresh or not file.exists():
+                            found = self._profile(job, port, env) if job.profiled else self._ask(job, port, env)
+                            partial = file.with_suffix(".partial")
+                            partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+                            partial.replace(file)  # whole or, when killed meanwhile, not at all
                 except Exception as error:  # whatever it is, the others are still worth measuring
-                    died = _died(running)
-                    if died is not None and isinstance(error, ServerError) and error.log == died.log:
-                        error = ServerError(error.what)  # the end of its log comes once
                     self._fail(str(job), error)
-                    if died is not None:  # it is not asked again
-                        raise died from error
+                    running.get("/health")  # a server that died is not asked again
                     continue
-                self._kept.save(job, result)
-                self._results[job] = result
+                self._results[job] = self._load(job)
                 self._write()
-                self._progress.step(f"{job}: {_in_short(result)}")
+                self._progress.say(f"{job}: {self._results[job]}", steps=1)
 
-    def _environment(self, at: Configuration) -> dict[str, str]:
+    def _environment(self, side: str) -> dict[str, str]:
         # Each side has caches of its own: what one compiled cannot reach the other.
-        mode = "require" if at.side == PLUGIN else "off"
-        env = server.environment((self._output / "cache" / at.side).resolve(), MQA_SM90=mode)
+        mode = "require" if side == PLUGIN else "off"
+        env = server.environment((self._folder / "cache" / side).resolve(), MQA_SM90=mode)
         if not Path(self._report.model).is_dir():  # a name: from the hub, or from where the user keeps models
             env["HF_HOME"] = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
             env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
         return env
 
-    def _measure(self, job: Job, running: Server, clients: Clients) -> Measurement:
-        return Measurement.middle([self._measure_once(job, running, clients) for _ in range(job.workload.runs)])
-
-    def _measure_once(self, job: Job, running: Server, clients: Clients) -> Measurement:
-        before = Drafts.read(running.get("/metrics"))
-        client = self._ask(job, running, clients, rehearsal=False)
-        drafts = Drafts.read(running.get("/metrics")).since(before)
-        return Measurement.of(job.at, job.workload, client, drafts, output.now())
-
-    def _profile(self, job: Job, running: Server, clients: Clients) -> Profiled:
-        folder = self._traces(job.at)
+    def _profile(self, job: Job, port: int, env: Mapping[str, str]) -> dict[str, Any]:
+        folder = self._traces(job)
         earlier = set(folder.iterdir())
-        with self._client(job, running, clients, rehearsal=False) as client:
-            self._wait_decoding(job, running, client)
-            running.command("/start_profile")
-            time.sleep(_PROFILE_SECONDS)
-            running.command("/stop_profile")
+        self._ask(job, port, env)
         traces = sorted(file for file in set(folder.iterdir()) - earlier if ".pt.trace.json" in file.name)
         if not traces:
             raise ServerError(f"the profiler: expected a trace in {folder}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
-        return Profiled(job.at.side, job.at.k, str(job.workload), output.now(), trace.profile(trace.events_of(traces[0])))
+        return asdict(trace.profile(trace.events_of(traces[0]), job.workload.concurrency))
 
-    def _traces(self, at: Configuration) -> Path:
-        folder = self._output / "traces" / at.stem
+    def _traces(self, job: Job) -> Path:
+        folder = self._folder / "traces" / stem(job.server)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _wait_decoding(self, job: Job, running: Server, client: Process) -> None:
-        """Until all requests run and none prefills."""
-        concurrency, enough = job.workload.concurrency, math.inf
-        while (generated := metrics.total(text := running.get("/metrics"), "vllm:generation_tokens")) < enough:
-            if client.ended:
-                client.wait_done(self._timeout, lambda _: None)  # says why
-                raise ServerError(f"the requests ended before {concurrency} ran at once; see --max-num-seqs")
-            if enough == math.inf and metrics.total(text, "vllm:num_requests_running") >= concurrency:
-                enough = generated + _TOKENS_BEFORE_PROFILE * concurrency
-            self._progress.show(str(job), "waits for all requests to decode")
-            time.sleep(0.1)
-
-    def _ask(self, job: Job, running: Server, clients: Clients, *, rehearsal: bool) -> dict[str, Any]:
+    def _ask(self, job: Job, port: int, env: Mapping[str, str], *, rehearsal: bool = False) -> dict[str, Any]:
         """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, or one of its requests."""
-        with self._client(job, running, clients, rehearsal=rehearsal) as client:
+        log, found, prompts_file = (self._logs / f"{job.stem}.{suffix}" for suffix in ("log", "json", "jsonl"))
+        if prompts := job.workload.prompts(rehearsal=rehearsal):
+            prompts_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        found.unlink(missing_ok=True)
+        ignore_eos = self._report.acceptance is not None
+        arguments = job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=ignore_eos)
+        arguments += ["--save-result", "--result-filename", str(found.resolve())]
+        if job.profiled and not rehearsal:
+            arguments.append("--profile")
+        with clients.start(bench_arguments(self._report.model, port, arguments), log, env) as client:
             what = f"{job}, rehearsal" if rehearsal else str(job)
             client.wait_done(self._timeout, lambda line: self._progress.show(what, line))
-        result = json.loads(self._client_file(job, "json").read_text())
+        result = json.loads(found.read_text())
         if result["completed"] != result["num_prompts"]:
             raise ServerError(
                 f"vllm bench serve: {result['completed']} of {result['num_prompts']} requests were answered; "
-                f"see {self._client_file(job, 'log')} and {self._logs / job.at.stem}.log"
+                f"see {log} and {self._logs / stem(job.server)}.log"
             )
         return result
-
-    def _client(self, job: Job, running: Server, clients: Clients, *, rehearsal: bool) -> Process:
-        prompts = job.workload.prompts(rehearsal=rehearsal)
-        prompts_file = self._client_file(job, "jsonl")
-        if prompts is not None:
-            prompts_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        result_file = self._client_file(job, "json")
-        result_file.unlink(missing_ok=True)
-        ignore_eos = self._report.acceptance is not None
-        arguments = job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=ignore_eos)
-        arguments += ["--save-result", "--result-filename", str(result_file.resolve())]
-        command = bench_arguments(self._report.model, running.port, arguments)
-        return clients.run(command, self._client_file(job, "log"))
-
-    def _client_file(self, job: Job, suffix: str) -> Path:
-        return self._logs / f"{job.stem}.{suffix}"
 
     def _fail(self, what: str, error: Exception) -> None:
         why = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
@@ -205,67 +184,29 @@ class Run:
     def _write(self) -> None:
         self._report.measurements = [each for each in self._results.values() if isinstance(each, Measurement)]
         self._report.profiles = [each for each in self._results.values() if isinstance(each, Profiled)]
-        self._report.write(self._output / "serve.json")
+        self._report.write(self._folder / "serve.json")
 
 
-def _died(running: Server) -> ServerError | None:
-    try:
-        running.get("/health")
-    except ServerError as error:
-        return error
-    return None
+def depends_on(job: Job, report: Report) -> dict[str, Any]:
+    """All that a result depends on."""
+    workload, model, package = job.workload, Path(report.model), Path(vllm_mqa_sm90.__file__).parent
+    return {
+        "model": str(model.resolve()) if model.is_dir() else report.model,
+        "checkpoint": [_digest_of(model / name) for name in ("config.json", checkpoint.INDEX)],
+        "gpus": report.gpus,
+        "versions": report.versions,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("VLLM_")},
+        "side": job.side,
+        "plugin": [_digest_of(package / name) for name in _PLUGIN_FILES] if job.side == PLUGIN else None,
+        "server": server_arguments(job.k, report),
+        "workload": [str(workload), workload.requests, workload.output_tokens],
+        "profiled": job.profiled,
+    }
 
 
-def _in_short(result: Measurement | Profiled) -> str:
-    if isinstance(result, Profiled):
-        return f"{result.profile.steps} steps profiled"
-    return f"{result.tokens_per_s:.0f} tok/s"
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-class _Progress:
-    """On stderr: a bar with the time left, and a line for each thing that is done. Without a terminal, just the lines."""
-
-    def __init__(self, steps: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=steps)
-        self._steps, self._done, self._start = steps, 0, time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    @contextmanager
-    def steps(self, count: int) -> Iterator[None]:
-        """Counts `count` steps as done at the end, also those that were not come to."""
-        end = self._done + count
-        yield
-        self._done = end
-        self._bar.update(self._task, completed=end)
-
-    def step(self, what: str) -> None:
-        """One step more is done."""
-        self._done += 1
-        self._bar.update(self._task, completed=self._done)
-        self.say(what + self._left())
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(escape(text), soft_wrap=True)
-
-    def show(self, what: str, detail: str) -> None:
-        """What goes on now."""
-        room = max(0, self._console.width - 50 - len(what))
-        self._bar.update(self._task, description=f"{escape(what)}{self._left()}  [dim]{escape(detail[:room])}[/]")
-
-    def _left(self) -> str:
-        """Steps differ, from a second to many minutes: their mean so far is a rough guide, and said so."""
-        left = self._steps - self._done
-        if not self._done or not left:
-            return ""
-        minutes = (time.monotonic() - self._start) / self._done * left / 60
-        return f" (about {minutes:.0f} min left)" if minutes >= 1 else " (about a minute left)"
+def _digest_of(file: Path) -> str | None:
+    return _digest(file.read_bytes()) if file.is_file() else None

@@ -25,8 +25,7 @@ FAMILIES = {
 }
 OTHER = "other"
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-_STEP = re.compile(r"execute_context_(\d+)\(")
-_LISTED = 8
+_STEP = re.compile(r"execute_context_(\d+)\(\d+\)_generation_(\d+)\(")
 
 
 @dataclass
@@ -38,14 +37,12 @@ class Profile:
         step_us: microseconds from start to start.
         busy_us: microseconds of it in which the GPU runs a kernel, or copies.
         families: microseconds of kernels, by family. Kernels may overlap: the sum may exceed `busy_us`.
-        others: microseconds of the longest kernels that belong to no family, by name.
     """
 
     steps: int
     step_us: float
     busy_us: float
     families: dict[str, float]
-    others: dict[str, float]
 
 
 def family(kernel: str) -> str:
@@ -60,19 +57,19 @@ def events_of(path: Path) -> list[dict[str, Any]]:
         return json.load(file)["traceEvents"]
 
 
-def profile(events: Iterable[dict[str, Any]]) -> Profile:
-    """The profile in events of Chrome's trace format (`ts` and `dur` in microseconds). ValueError without decode steps.
+def profile(events: Iterable[dict[str, Any]], requests: int) -> Profile:
+    """The profile of the steps that decode so many requests, in events of Chrome's trace format (microseconds).
 
     vLLM names each step after the requests in it, "execute_context_0(0)_generation_8(24)", and
     PyTorch repeats the name over the step's kernels as a `gpu_user_annotation`: one on each of its
-    streams, all with the step's number as "External id".
+    streams, all with the step's number as "External id". ValueError without such a step, and one after it.
     """
     steps: dict[Any, tuple[float, bool]] = {}
     kernels: list[tuple[float, float, str]] = []
     for event in events:
         category = event.get("cat")
         if category == "gpu_user_annotation" and (step := _STEP.match(event["name"])):
-            mark = event["ts"], step[1] == "0"
+            mark = event["ts"], (step[1], step[2]) == ("0", str(requests))
             number = event.get("args", {}).get("External id", mark)
             steps[number] = min(steps.get(number, mark), mark)
         elif category in ON_GPU:
@@ -81,8 +78,8 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
     kernels.sort()
     windows = [(start, end) for (start, decodes), (end, _) in pairwise(marks) if decodes]
     if not windows:
-        expected = "expected two steps in a row of which the first is a decode step"
-        raise ValueError(f"the trace: {expected}, found {len(marks)} steps")
+        expected = f"expected two steps in a row of which the first decodes {requests} requests"
+        raise ValueError(f"the trace: {expected}, found {len(marks)} steps; see --max-num-seqs")
 
     starts = [start for start, _ in windows]
     by_kernel: Counter[str] = Counter()
@@ -95,15 +92,11 @@ def profile(events: Iterable[dict[str, Any]]) -> Profile:
         busy += max(0.0, start + duration - max(start, busy_until))
         busy_until = max(busy_until, start + duration)
     families = dict.fromkeys((*FAMILIES, OTHER), 0.0)
-    others: Counter[str] = Counter()
     for name, duration in by_kernel.items():
         families[family(name)] += duration / len(windows)
-        if family(name) == OTHER:
-            others[name] = duration / len(windows)
     return Profile(
         steps=len(windows),
         step_us=sum(end - start for start, end in windows) / len(windows),
         busy_us=busy / len(windows),
         families=families,
-        others=dict(others.most_common(_LISTED)),
     )

