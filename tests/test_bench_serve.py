@@ -422,6 +422,16 @@ def test_results_are_kept(world: World, capsys: pytest.CaptureFixture[str]) -> N
     assert len(world.started()) == 2 * (1 + 3 + 1)
 
 
+def test_of_several_runs_only_those_that_are_missing_are_done_again(world: World) -> None:
+    words = "--side", "stock", "-k", "0", "--quick"
+    _, first = world.run(*words)
+    world.started()
+    (second,) = (world.output / "results").glob("stock-k0-4x1024-cached-*.1.json")
+    second.unlink()
+    assert world.run(*words)[1]["measurements"] == first["measurements"]
+    assert world.started() == ["serve off k=0", "bench off k=0 4x1024 n=4"]
+
+
 @pytest.mark.parametrize(
     ("change", "redone"),
     [
