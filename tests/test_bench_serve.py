@@ -388,6 +388,14 @@ def test_real_weights_draft_for_themselves(world: World) -> None:
     assert serve_run.server_arguments(3, report) == ["--speculative-config", drafts, "--x"]
 
 
+@pytest.mark.parametrize(("words", "method"), [([], "mtp"), (["--method", "dspark"], "dspark")])
+def test_who_drafts(world: World, words: list[str], method: str) -> None:
+    _, content = world.run("--side", "stock", "-k", "1", "--quick", *words)
+    report = Report("model", [GPU], {}, "", "", [], None, content["method"])
+    drafts = json.dumps({"method": method, "num_speculative_tokens": 1})
+    assert serve_run.server_arguments(1, report) == ["--speculative-config", drafts]
+
+
 def test_what_is_measured_is_rehearsed(world: World) -> None:
     """New prompts with others, once; cached ones twice: to be in the cache, and to be found there."""
     world.run("--side", "stock", "-k", "0", *TWO)

@@ -57,6 +57,8 @@ def add_parser(subparsers: Any) -> None:
         f"weights of make-checkpoint {_joined(checkpoint.ACCEPTANCE_RATES)}, of which the first two are those of real "
         "models on short prompts and the others assume that acceptance falls on as GLM-5.2's does; else none)",
     )
+    method = "who drafts: the method of vLLM's --speculative-config, dspark for DeepSeek-V4.1 (default: %(default)s)"
+    parser.add_argument("--method", default="mtp", help=method)
     profile = "also profile decode steps of each :cached workload, by family of kernels"
     parser.add_argument("--profile", action="store_true", help=profile)
     parser.add_argument("--fresh", action="store_true", help="measure again what --output has")
@@ -128,6 +130,7 @@ def _run(args: argparse.Namespace) -> int:
         command=args.command,
         vllm_arguments=args.vllm_arguments,
         acceptance=None if acceptance is None else acceptance[: max(args.k)],
+        method=args.method,
     )
     jobs = [
         Job(side, k, workload, profiled)

@@ -126,6 +126,7 @@ class Report:
         date: ISO 8601, UTC.
         acceptance: the rates that vLLM's synthetic acceptance is set to, up to the last position that is drafted; None:
             drafts are the model's.
+        method: who drafts, in vLLM's --speculative-config.
         failures: why something was not measured, by what it was.
     """
 
@@ -136,6 +137,7 @@ class Report:
     command: str
     vllm_arguments: list[str]
     acceptance: list[float] | None
+    method: str = "mtp"
     measurements: list[Measurement] = field(default_factory=list)
     profiles: list[Profiled] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)

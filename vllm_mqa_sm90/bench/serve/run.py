@@ -20,7 +20,7 @@ from vllm_mqa_sm90.bench.serve.trace import Profile
 from vllm_mqa_sm90.server import Server, ServerError, speculative_config
 
 # What decides how the plugin's steps run; the rest of the package measures and reports.
-_PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py")
+_PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py", "support.py", "wrappers.py")
 _PROFILED_STEPS = 24
 _STEPS_BEFORE_PROFILE = 64  # in which the requests of a :cached workload come to decode, all of them
 
@@ -46,7 +46,7 @@ def bench_arguments(model: str, port: int, arguments: Sequence[str]) -> list[str
 
 def server_arguments(k: int, report: Report) -> list[str]:
     """The arguments of the `vllm serve` with k speculative tokens, those of the user last."""
-    drafts = ["--speculative-config", json.dumps(speculative_config(k, report.acceptance))] if k else []
+    drafts = ["--speculative-config", json.dumps(speculative_config(k, report.acceptance, report.method))] if k else []
     return [*drafts, *report.vllm_arguments]
 
 
