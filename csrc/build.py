@@ -199,7 +199,8 @@ def write_ninja_file(path: Path, nvcc: Path, cxx: str) -> None:
 def build() -> None:
     """Compiles what changed; leaves LIBRARY in the source tree."""
     cxx, (nvcc, rejected) = shutil.which(os.environ.get("CXX", "g++")), find_nvcc()
-    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+    # On PATH may be a version manager's stand-in for that of another Python.
+    ninja = shutil.which("ninja", path=sysconfig.get_path("scripts")) or shutil.which("ninja")
     require(nvcc, "found no nvcc of CUDA {}.{} or newer in CUDA_HOME, in PATH or as a wheel{}. Install the CUDA "
             "toolkit, or `pip install {}`.".format(*MIN_NVCC, "".join(f"; {each}" for each in rejected),
                                                    " ".join(f"'{each}'" for each in NVCC_REQUIREMENTS)))  # fmt: skip

@@ -37,7 +37,8 @@ find_python() {
 # find_uv DIRECTORY PYTHON: prints a uv, put into DIRECTORY if need be by PYTHON's pip, a venv's, or uv's installer.
 find_uv() {
   local get=(install -q --no-cache-dir --disable-pip-version-check --target "$1" uv)
-  command -v uv && return
+  # A version manager's stand-in for the uv of another Python is found, too, and fails.
+  uv --version >/dev/null 2>&1 && command -v uv && return
   if [ -n "$2" ] && "$2" -m pip "${get[@]}"; then
     :
   elif [ -n "$2" ] && "$2" -m venv "$1/venv"; then

@@ -182,9 +182,13 @@ def test_offline_is_called_offline(clone: Clone, point: str) -> None:
     clone.assert_runs()
 
 
-def test_offline_without_uv(clone: Clone, tmp_path: Path) -> None:
-    """Python's pip, against an index that is not there."""
-    (tmp_path / "tools" / "uv").unlink()
+@pytest.mark.parametrize("fails", [False, True])
+def test_offline_without_uv(clone: Clone, tmp_path: Path, fails: bool) -> None:
+    """Python's pip, against an index that is not there. A uv that fails is none, as a version manager's is that belongs to
+    another Python."""
+    (tmp_path / "tools" / "uv").write_text("#!/bin/sh\nexit 127\n")
+    if not fails:
+        (tmp_path / "tools" / "uv").unlink()
     folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not Path(folder, "uv").exists()]
     clone.env["PATH"] = os.pathsep.join([str(tmp_path / "tools"), *folders])
     for name in "curl", "wget":
