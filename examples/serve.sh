@@ -14,15 +14,18 @@ shift
 # `off` is stock vLLM, to compare with.
 export MQA_SM90=${MQA_SM90:-require}
 
-# Two draft tokens a step, from the model's own MTP layer. Without the plugin vLLM reads each request's cached keys
-# three times for them; with it, once.
-speculative='{"method": "mtp", "num_speculative_tokens": 2}'
+# Two draft tokens a step, from the model's own MTP layer; DeepSeek-V4.1's come from DSpark (of one that is no folder, set METHOD).
+# Without the plugin vLLM reads each request's cached keys three times for them; with it, once.
+method=${METHOD:-mtp}
+grep -qs '"DeepseekV41ForCausalLM"' "$model/config.json" && method=dspark
+speculative='{"method": "'$method'", "num_speculative_tokens": 2}'
 
 # The random weights of a made checkpoint draft at random, and nothing would be accepted. vLLM's synthetic acceptance
 # stands in for a real model's: it accepts these shares of the drafts up to each position, whatever they are.
 if grep -qs '"weights": "random"' "$model/model.safetensors.index.json"; then
-  speculative='{"method": "mtp", "num_speculative_tokens": 2,
+  speculative='{"method": "'$method'", "num_speculative_tokens": 2,
     "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.813, 0.63]}'
+  [ "$method" != dspark ] || set -- --language-model-only "$@" # it has no vision encoder
 fi
 
 # vLLM compiles kernels when it starts, and needs an nvcc for it. Where there is no CUDA toolkit, that of the wheels serves.

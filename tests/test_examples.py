@@ -51,6 +51,20 @@ def test_serve_sh(model: tuple[str, dict], tmp_path: Path) -> None:
     assert serve[5:] == ["--tensor-parallel-size", "8", "require"]
 
 
+def test_serve_sh_of_v41(tmp_path: Path) -> None:
+    for name in ("vllm", "vllm-mqa-sm90"):
+        stub(tmp_path, name)
+    checkpoint._write_json(tmp_path / "config.json", checkpoint.ARCHITECTURES["v41"].config(1, 16))
+    _, (_, serve) = serve_sh(tmp_path, str(tmp_path), "--port", "1")
+    assert json.loads(serve[4]) == MTP | {"method": "dspark"} and serve[5:] == ["--port", "1", "require"]
+    checkpoint._write_json(tmp_path / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
+    _, (_, serve) = serve_sh(tmp_path, str(tmp_path), "--port", "1")
+    assert json.loads(serve[4]) == SYNTHETIC | {"method": "dspark"}
+    assert serve[5:] == ["--language-model-only", "--port", "1", "require"]
+    _, (_, serve) = serve_sh(tmp_path, "deepseek-ai/DeepSeek-V4.1-Flash", METHOD="dspark")
+    assert json.loads(serve[4]) == MTP | {"method": "dspark"} and serve[5:] == ["require"]
+
+
 def test_serve_sh_stops_where_the_plugin_would_not_take_over(tmp_path: Path) -> None:
     stub(tmp_path, "vllm")
     stub(tmp_path, "vllm-mqa-sm90", status=1)
