@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_mqa_sm90.architectures.tensors import TP_SIZE, Tensor, mlp
+from vllm_mqa_sm90.architectures.tensors import TP_SIZE, Tensor, ends, mlp
+
+ENDS = "model.embed_tokens", "model.norm", "lm_head"
 
 
 def v32_config(layers: int, experts: int) -> dict[str, Any]:
@@ -123,20 +125,14 @@ def v32_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
     """The released checkpoint's tensors under its own names, one list per file. GLM-5.x names them alike."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     layers = config["num_hidden_layers"]
-    yield [
-        Tensor("model.embed_tokens.weight", (vocab, hidden), gain=hidden**0.5),
-        Tensor("model.norm.weight", (hidden,), gain=None),
-        Tensor("lm_head.weight", (vocab, hidden)),
-    ]
+    yield list(ends(config, *ENDS))
     for layer in range(layers):
         yield list(_v32_layer(config, layer))
     # The MTP layer is stored as one layer more, with its own copy of embedding and head.
     prefix = f"model.layers.{layers}."
     yield [
         *_v32_layer(config, layers),
-        Tensor(prefix + "enorm.weight", (hidden,), gain=None),
-        Tensor(prefix + "hnorm.weight", (hidden,), gain=None),
-        Tensor(prefix + "eh_proj.weight", (hidden, 2 * hidden)),
+        *draft_inputs(prefix, hidden),
         Tensor(prefix + "embed_tokens.weight", (vocab, hidden), gain=hidden**0.5, alike="model.embed_tokens.weight"),
         Tensor(prefix + "shared_head.norm.weight", (hidden,), gain=None),
         Tensor(prefix + "shared_head.head.weight", (vocab, hidden), alike="lm_head.weight"),
@@ -153,8 +149,7 @@ def has_indexer(config: dict[str, Any], layer: int) -> bool:
 
 def _v32_layer(config: dict[str, Any], layer: int) -> Iterator[Tensor]:
     c, prefix = config, f"model.layers.{layer}."
-    yield Tensor(prefix + "input_layernorm.weight", (c["hidden_size"],), gain=None)
-    yield Tensor(prefix + "post_attention_layernorm.weight", (c["hidden_size"],), gain=None)
+    yield from norms_before(prefix, c["hidden_size"])
     yield from latent_attention(prefix + "self_attn.", c)
     if has_indexer(config, layer):
         yield from indexer(prefix + "self_attn.indexer.", c)
@@ -162,6 +157,19 @@ def _v32_layer(config: dict[str, Any], layer: int) -> Iterator[Tensor]:
         yield from mlp(prefix + "mlp.", c["hidden_size"], c["intermediate_size"])
     else:
         yield from mixture(prefix + "mlp.", c)
+
+
+def norms_before(prefix: str, hidden: int) -> Iterator[Tensor]:
+    """Of what goes into a layer's attention, and into what follows it."""
+    for part in "input", "post_attention":
+        yield Tensor(f"{prefix}{part}_layernorm.weight", (hidden,), gain=None)
+
+
+def draft_inputs(prefix: str, hidden: int) -> Iterator[Tensor]:
+    """What joins a token's embedding and the model's hidden state for an MTP layer."""
+    yield Tensor(prefix + "enorm.weight", (hidden,), gain=None)
+    yield Tensor(prefix + "hnorm.weight", (hidden,), gain=None)
+    yield Tensor(prefix + "eh_proj.weight", (hidden, 2 * hidden))
 
 
 def latent_attention(attn: str, config: dict[str, Any]) -> Iterator[Tensor]:

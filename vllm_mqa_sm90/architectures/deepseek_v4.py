@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_mqa_sm90.architectures.tensors import FP8_BLOCK, TP_SIZE, Tensor, fp8, fp8_mlp, hyper_connection, streams
+from vllm_mqa_sm90.architectures.tensors import FP8_BLOCK, TP_SIZE, Tensor, ends, fp8, fp8_mlp, hyper_connection, streams
+
+ENDS = "embed", "norm", "head"
 
 
 def v4_config(layers: int, experts: int) -> dict[str, Any]:
@@ -83,9 +85,7 @@ def v4_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
     """The released checkpoint's tensors under its own names, one list per file."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield [
-        Tensor("embed.weight", (vocab, hidden), gain=hidden**0.5),
-        Tensor("norm.weight", (hidden,), gain=None),
-        Tensor("head.weight", (vocab, hidden)),
+        *ends(config, *ENDS),
         *hyper_connection("hc_head", config, mixes=config["hc_mult"], scales=1),
     ]
     for layer in range(config["num_hidden_layers"]):

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_mqa_sm90.architectures.deepseek_v4 import fp8_mixture, shared_key_attention
-from vllm_mqa_sm90.architectures.tensors import FP8_BLOCK, TP_SIZE, Tensor, fp8, streams
+from vllm_mqa_sm90.architectures.deepseek_v4 import ENDS, fp8_mixture, shared_key_attention
+from vllm_mqa_sm90.architectures.tensors import FP8_BLOCK, TP_SIZE, Tensor, ends, fp8, streams
 
 DRAFTERS = 3
 MARKOV_RANK = 256
@@ -106,9 +106,7 @@ def v41_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
     c = config["text_config"]
     hidden, vocab = c["hidden_size"], c["vocab_size"]
     yield [
-        Tensor("embed.weight", (vocab, hidden), gain=hidden**0.5),
-        Tensor("norm.weight", (hidden,), gain=None),
-        Tensor("head.weight", (vocab, hidden)),
+        *ends(c, *ENDS),
         # Of the vision encoder's output the part that vLLM keeps without it.
         *(Tensor(f"image_{part}", (hidden,), gain=None, dtype="float32") for part in ("start", "newline", "end")),
     ]

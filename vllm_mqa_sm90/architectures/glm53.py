@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_mqa_sm90.architectures.deepseek_v32 import indexer, latent_attention, mixture
-from vllm_mqa_sm90.architectures.tensors import TP_SIZE, Tensor, mlp, streams
+from vllm_mqa_sm90.architectures.deepseek_v32 import ENDS, draft_inputs, indexer, latent_attention, mixture, norms_before
+from vllm_mqa_sm90.architectures.tensors import TP_SIZE, Tensor, ends, mlp, streams
 
 SPARSE = "deepseek_sparse_attention"
 
@@ -93,11 +93,7 @@ def glm53_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
     """The language model's tensors under its own names, one list per file."""
     c = config["text_config"]
     hidden, vocab, layers = c["hidden_size"], c["vocab_size"], c["num_hidden_layers"]
-    yield [
-        Tensor("model.embed_tokens.weight", (vocab, hidden), gain=hidden**0.5),
-        Tensor("model.norm.weight", (hidden,), gain=None),
-        Tensor("lm_head.weight", (vocab, hidden)),
-    ]
+    yield list(ends(c, *ENDS))
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         sparse = c["layer_types"][layer] == SPARSE
@@ -106,9 +102,7 @@ def glm53_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
     prefix = f"model.layers.{layers}."
     yield [
         *_layer(prefix, c, sparse=True, dense=False),
-        Tensor(prefix + "enorm.weight", (hidden,), gain=None),
-        Tensor(prefix + "hnorm.weight", (hidden,), gain=None),
-        Tensor(prefix + "eh_proj.weight", (hidden, 2 * hidden)),
+        *draft_inputs(prefix, hidden),
         Tensor(prefix + "embed_tokens.weight", (vocab, hidden), gain=hidden**0.5, alike="model.embed_tokens.weight"),
         Tensor(prefix + "shared_head.norm.weight", (hidden,), gain=None),
     ]
@@ -116,8 +110,7 @@ def glm53_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
 
 def _layer(prefix: str, config: dict[str, Any], sparse: bool, dense: bool) -> Iterator[Tensor]:
     hidden = config["hidden_size"]
-    yield Tensor(prefix + "input_layernorm.weight", (hidden,), gain=None)
-    yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), gain=None)
+    yield from norms_before(prefix, hidden)
     attn = prefix + "self_attn."
     if sparse:
         yield from latent_attention(attn, config)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vllm_mqa_sm90.architectures.deepseek_v32 import indexer, latent_attention
-from vllm_mqa_sm90.architectures.tensors import TP_SIZE, Tensor, mlp
+from vllm_mqa_sm90.architectures.deepseek_v32 import ENDS, draft_inputs, indexer, latent_attention, norms_before
+from vllm_mqa_sm90.architectures.tensors import TP_SIZE, Tensor, ends, hyper_connection, mlp
 
 
 def hyv4_config(layers: int, experts: int) -> dict[str, Any]:
@@ -70,12 +70,10 @@ def hyv4_config(layers: int, experts: int) -> dict[str, Any]:
 
 def hyv4_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
     """The released checkpoint's tensors under its own names, one list per file."""
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    hidden = config["hidden_size"]
     yield [
-        Tensor("model.embed_tokens.weight", (vocab, hidden), gain=hidden**0.5),
-        Tensor("model.norm.weight", (hidden,), gain=None),
-        Tensor("lm_head.weight", (vocab, hidden)),
-        *_streams("model.hc_head.hc_head_", config, mixes=config["hc_mult"], scales=1),
+        *ends(config, *ENDS),
+        *hyper_connection("model.hc_head.hc_head", config, mixes=config["hc_mult"], scales=1),
     ]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
@@ -83,24 +81,21 @@ def hyv4_shards(config: dict[str, Any]) -> Iterator[list[Tensor]]:
         yield [
             *_layer(prefix, config, full, dense),
             # For each stream: how much of it goes in, and of the result comes back.
-            *_streams(prefix + "hc_attn_layer.hc_pre.hc_", config, mixes=2 * config["hc_mult"], scales=2),
-            *_streams(prefix + "hc_mlp_layer.hc_pre.hc_", config, mixes=2 * config["hc_mult"], scales=2),
+            *hyper_connection(prefix + "hc_attn_layer.hc_pre.hc", config, mixes=2 * config["hc_mult"], scales=2),
+            *hyper_connection(prefix + "hc_mlp_layer.hc_pre.hc", config, mixes=2 * config["hc_mult"], scales=2),
         ]
     # The MTP layer has one stream; embedding and head are the model's.
     prefix = "model.mtp_layers.0."
     yield [
         *_layer(prefix, config, full=True, dense=False),
-        Tensor(prefix + "enorm.weight", (hidden,), gain=None),
-        Tensor(prefix + "hnorm.weight", (hidden,), gain=None),
-        Tensor(prefix + "eh_proj.weight", (hidden, 2 * hidden)),
+        *draft_inputs(prefix, hidden),
         Tensor(prefix + "final_layernorm.weight", (hidden,), gain=None),
     ]
 
 
 def _layer(prefix: str, config: dict[str, Any], full: bool, dense: bool) -> Iterator[Tensor]:
     c, hidden, heads = config, config["hidden_size"], config["num_attention_heads"]
-    yield Tensor(prefix + "input_layernorm.weight", (hidden,), gain=None)
-    yield Tensor(prefix + "post_attention_layernorm.weight", (hidden,), gain=None)
+    yield from norms_before(prefix, hidden)
     attn, ffn = prefix + "self_attn.", prefix + "mlp."
     yield from latent_attention(attn, c)
     yield Tensor(attn + "linear_gate.weight", (heads * c["v_head_dim"], hidden))
@@ -116,10 +111,3 @@ def _layer(prefix: str, config: dict[str, Any], full: bool, dense: bool) -> Iter
     yield from mlp(ffn + "shared_experts.", hidden, width * c["n_shared_experts"])
     yield Tensor(ffn + "experts.gate_up_proj", (experts, 2 * width, hidden))
     yield Tensor(ffn + "experts.down_proj", (experts, hidden, width))
-
-
-def _streams(prefix: str, config: dict[str, Any], mixes: int, scales: int) -> Iterator[Tensor]:
-    """What joins a part to the `hc_mult` residual streams: a product with all of them makes the `mixes` gates."""
-    yield Tensor(prefix + "fn", (mixes, config["hc_mult"] * config["hidden_size"]), dtype="float32")
-    yield Tensor(prefix + "base", (mixes,), gain=0.0, dtype="float32")
-    yield Tensor(prefix + "scale", (scales,), gain=None, dtype="float32")

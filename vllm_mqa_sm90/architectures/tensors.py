@@ -31,6 +31,14 @@ class Tensor:
     below: int | None = None
 
 
+def ends(config: dict[str, Any], embedding: str, norm: str, head: str) -> Iterator[Tensor]:
+    """What is before the layers and after them."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield Tensor(embedding + ".weight", (vocab, hidden), gain=hidden**0.5)
+    yield Tensor(norm + ".weight", (hidden,), gain=None)
+    yield Tensor(head + ".weight", (vocab, hidden))
+
+
 def mlp(prefix: str, hidden: int, width: int) -> Iterator[Tensor]:
     yield Tensor(prefix + "gate_proj.weight", (width, hidden))
     yield Tensor(prefix + "up_proj.weight", (width, hidden))
