@@ -12,7 +12,7 @@ parallelism vLLM turns the rows' lengths into those of the rank's own tokens bef
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -303,29 +303,31 @@ def _refuse(reason: str) -> None:
     logger().warning_once("MQA SM90: %s", message)
 
 
+_WRAPPERS = {
+    "get_paged_mqa_logits_metadata": wrappers.schedule,
+    "_supports_native_decode": wrappers.native_gate,
+    "fp8_fp4_paged_mqa_logits": wrappers.logits,
+    "get_indexer_topk": wrappers.topk,
+}
+"""By the name that is replaced, in whichever module."""
+
+
 def replacements() -> dict[str, Any]:
     """What goes in the place of each replaced seam."""
     made: dict[str, Any] = {seams.BUILDER_OF_BACKEND: staticmethod(make_backend().get_builder_cls)}
-    wrap = {
-        seams.SCHEDULE: wrappers.schedule,
-        seams.NATIVE_GATE: wrappers.native_gate,
-        seams.LOGITS: wrappers.logits,
-        seams.TOPK: wrappers.topk,
-    }
-    return made | _wrapped(seams.applying(seams.release()), wrap)
+    return made | _wrapped(seams.applying(seams.release()))
 
 
 def _replace_in(op: str) -> None:
     """In the module of a model's own op, once; `seams.OP` is replaced when the plugin is registered."""
     if op not in wrappers.steps.ops:
-        wrap = {f"{op}:fp8_fp4_paged_mqa_logits": wrappers.logits, f"{op}:get_indexer_topk": wrappers.topk}
-        seams.replace(_wrapped(seams.OP_SEAMS.get(op, ()), wrap))
+        seams.replace(_wrapped(seams.OP_SEAMS.get(op, ())))
         wrappers.steps.ops.add(op)
 
 
-def _wrapped(there: Iterable[seams.Seam], wrap: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    paths = {seam.path for seam in there}
-    return {path: wrapper(seams.resolve(path)) for path, wrapper in wrap.items() if path in paths}
+def _wrapped(found: Iterable[seams.Seam]) -> dict[str, Any]:
+    named = {seam.path: _WRAPPERS.get(seam.path.partition(":")[2]) for seam in found}
+    return {path: wrapper(seams.resolve(path)) for path, wrapper in named.items() if wrapper}
 
 
 def report() -> dict[str, Any]:

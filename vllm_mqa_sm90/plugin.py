@@ -35,7 +35,7 @@ def release_problem() -> str | None:
     release = seams.release()
     if release is not None and seams.OLDEST <= release <= seams.NEWEST:
         return None
-    supported = f"{'.'.join(map(str, seams.OLDEST))} to {'.'.join(map(str, seams.NEWEST))}"
+    supported = f"{seams.named(seams.OLDEST)} to {seams.named(seams.NEWEST)}"
     return f"vLLM is {seams.vllm_version()}; this version is for {supported}"
 
 

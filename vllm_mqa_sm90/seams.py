@@ -244,6 +244,11 @@ def release() -> Release | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def named(release: Release) -> str:
+    """ "0.33" """
+    return ".".join(map(str, release))
+
+
 def _listed(names: Iterable[str]) -> str:
     return f"({', '.join(names)})"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from vllm_mqa_sm90 import seams
-from vllm_mqa_sm90.seams import NEWEST, OLDEST, Release
+from vllm_mqa_sm90.seams import NEWEST, OLDEST, Release, named
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def problem(caches: Iterable[str], *, dcp: bool, pcp: bool) -> str | None:
         if (cache := CACHES.get(path)) is None:
             return f"the model's indexer cache is one that this version does not know: {path}"
         if release < cache.since:
-            return f"the model is taken over from vLLM {_named(cache.since)} on: {path}"
+            return f"the model is taken over from vLLM {named(cache.since)} on: {path}"
         if dcp and cache.dcp is None:
             return f"decode context parallelism is on, for which the kernel is not proven with this model: {path}"
         if dcp and release < cache.dcp:
-            return f"decode context parallelism is on, which the attention cannot on Hopper before vLLM {_named(cache.dcp)}"
+            return f"decode context parallelism is on, which the attention cannot on Hopper before vLLM {named(cache.dcp)}"
         if (found := seams.op_problem(cache.op)) is not None:
             return found
     return None
@@ -70,7 +70,7 @@ class Served:
     date: str
 
     def __str__(self) -> str:
-        return f"{_named(self.release)} ({self.gpu}, {self.date})"
+        return f"{named(self.release)} ({self.gpu}, {self.date})"
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,24 @@ class Mode:
     Attributes:
         cache: class path of the model's indexer cache; "": of any.
         model, mode: what users call them.
-        since: first release with our logits, all to the newest; None: none.
         served: releases in which it ran; the others were built, and the plugin tested in them, without a GPU.
         stock: why the releases before `since` keep vLLM's path, or all.
+        first: release in which vLLM has both, if later than the cache.
     """
 
     cache: str
     model: str
     mode: str
-    since: Release | None
     served: tuple[Served, ...] = ()
     stock: str = ""
+    first: Release = OLDEST
+
+    @property
+    def since(self) -> Release | None:
+        """First release with our logits, all to the newest; None: none."""
+        cache = CACHES.get(self.cache)
+        since = cache and (cache.dcp if self.mode == _DCP else cache.since)
+        return max(since, self.first) if since else None
 
     def cells(self) -> Iterator[str]:
         """The row: model, mode, served, built, vLLM's own."""
@@ -104,33 +111,33 @@ class Mode:
 
 
 _V32, _V4, _V41, _KPOOL = CACHES
-_NO_DCP = "FlashMLA's sparse attention cannot"
+_DCP = "decode context parallelism"
 _NO_MODEL = "vLLM has no such model"
 _KPOOL_BEFORE = "no such model, or its op takes DeepGEMM another way"
 
 TABLE = (
-    Mode(_V32, "DeepSeek-V3.2", "0 to 7 drafts", OLDEST, (
+    Mode(_V32, "DeepSeek-V3.2", "0 to 7 drafts", (
         Served((0, 26), "H100, H200", "2026-11-27"), Served((0, 33), "H100, H200", "2026-11-27"),
     )),
-    Mode(_V32, "GLM-5.2", "0 to 7 drafts", OLDEST, (
+    Mode(_V32, "GLM-5.2", "0 to 7 drafts", (
         Served((0, 26), "H200", "2026-11-27"), Served((0, 33), "H100, H200", "2026-11-27"),
     )),
-    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", "8 drafts or more", OLDEST),
-    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", "decode context parallelism", (0, 29), stock=_NO_DCP),
+    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", "8 drafts or more"),
+    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", _DCP, stock="FlashMLA's sparse attention cannot"),
     # Its configuration's default of 16 heads would fail in vLLM's prefill; the released model has 32.
-    Mode(_V32, "Hy4", "any number of drafts", (0, 29), stock=_NO_MODEL),
-    Mode(_V32, "dots3-note", "any number of drafts", (0, 28), stock=_NO_MODEL),
-    Mode(_V4, "DeepSeek-V4", "0 to 7 drafts", OLDEST, (Served((0, 33), "H100", "2026-11-25"),)),
-    Mode(_V4, "DeepSeek-V4", "8 drafts or more", OLDEST),
-    Mode(_V4, "DeepSeek-V4", "adaptive verification of drafts", (0, 29), (Served((0, 33), "H100", "2026-11-25"),),
-         stock="vLLM's indexer refuses it on Hopper"),
-    Mode(_V4, "DeepSeek-V4", "decode context parallelism", None, stock="vLLM refuses it"),
-    Mode(_V41, "DeepSeek-V4.1", "any number of drafts", (0, 30), stock=_NO_MODEL),
-    Mode(_V41, "DeepSeek-V4.1", "decode context parallelism", None, stock="not proven"),
-    Mode(_KPOOL, "GLM-5.3", "any number of drafts", (0, 33), stock=_KPOOL_BEFORE),
-    Mode(_KPOOL, "GLM-5.3", "decode context parallelism", (0, 33), stock=_KPOOL_BEFORE),
-    Mode("", "any", "prefill context parallelism", None, stock="not proven"),
-    Mode("", "any", "FP4 caches", None, stock="another format"),
+    Mode(_V32, "Hy4", "any number of drafts", first=(0, 29), stock=_NO_MODEL),
+    Mode(_V32, "dots3-note", "any number of drafts", first=(0, 28), stock=_NO_MODEL),
+    Mode(_V4, "DeepSeek-V4", "0 to 7 drafts", (Served((0, 33), "H100", "2026-11-25"),)),
+    Mode(_V4, "DeepSeek-V4", "8 drafts or more"),
+    Mode(_V4, "DeepSeek-V4", "adaptive verification of drafts", (Served((0, 33), "H100", "2026-11-25"),),
+         first=(0, 29), stock="vLLM's indexer refuses it on Hopper"),
+    Mode(_V4, "DeepSeek-V4", _DCP, stock="vLLM refuses it"),
+    Mode(_V41, "DeepSeek-V4.1", "any number of drafts", stock=_NO_MODEL),
+    Mode(_V41, "DeepSeek-V4.1", _DCP, stock="not proven"),
+    Mode(_KPOOL, "GLM-5.3", "any number of drafts", stock=_KPOOL_BEFORE),
+    Mode(_KPOOL, "GLM-5.3", _DCP, stock=_KPOOL_BEFORE),
+    Mode("", "any", "prefill context parallelism", stock="not proven"),
+    Mode("", "any", "FP4 caches", stock="another format"),
 )  # fmt: skip
 
 
@@ -141,10 +148,6 @@ def table() -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _named(release: Release) -> str:
-    return ".".join(map(str, release))
-
-
 def _ranges(releases: list[Release]) -> str:
     """ "0.24, 0.27 to 0.32" """
     runs: list[list[Release]] = []
@@ -153,4 +156,4 @@ def _ranges(releases: list[Release]) -> str:
             runs[-1].append(release)
         else:
             runs.append([release])
-    return ", ".join(f"{_named(run[0])} to {_named(run[-1])}" if len(run) > 2 else ", ".join(map(_named, run)) for run in runs)
+    return ", ".join(f"{named(run[0])} to {named(run[-1])}" if len(run) > 2 else ", ".join(map(named, run)) for run in runs)
