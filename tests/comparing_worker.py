@@ -143,8 +143,8 @@ def comparing(ours: Any) -> Any:
     return both
 
 
-def groups(plan: torch.Tensor, num_sms: int, context_lens: torch.Tensor) -> list[list[int]]:
-    """First row, number of rows, and row of the block table of each of a step's groups."""
+def groups(plan: torch.Tensor, num_sms: int, context_lens: torch.Tensor | None = None) -> list[list[int]]:
+    """First row, number of rows, and row of the block table of each of a step's groups; of a uniform one by its lengths."""
     if not ops.is_ragged(plan):
         requests, next_n = context_lens.shape
         return [[request * next_n, next_n, request] for request in range(requests)]

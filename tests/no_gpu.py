@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import comparing_worker
 import pytest
 import torch
 import vllm.logger
@@ -209,8 +210,7 @@ def plan_of(context_lens: torch.Tensor, **options: Any) -> torch.Tensor:
 def groups_of(plan: torch.Tensor) -> list[list[int]]:
     """First row, rows and request of each group of a ragged step's plan."""
     assert ops.is_ragged(plan)
-    table = plan.view(-1, 4)[ops.plan_shape(NUM_SMS)[0] :]
-    return [group[:3] for group in table.tolist() if group[1]]
+    return comparing_worker.groups(plan, NUM_SMS)
 
 
 def run_op(

@@ -5,7 +5,6 @@ Named `model-drafts-interleave`; those of the chosen tests alone are started, ea
 """
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from servers import MODEL, call_all, completion, start, wait_ready, wanted
-from test_serving import CHUNK, MODES, START_SECONDS, agreeing, complete, prompt
+from servers import call_all, completion, wait_ready, wanted
+from test_models import serve_model
+from test_serving import MODES, START_SECONDS, agreeing, complete, prompt
 
 from vllm_mqa_sm90 import seams
-from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, speculative_config
+from vllm_mqa_sm90.server import Server
 
 NAMES = "v32-0-1", "v32-0-64", "v32-2-1", "v32-2-64", "glm-2-1"
 
@@ -31,29 +30,10 @@ pytestmark = [
 
 def serve(scratch: Path, name: str, side: str) -> Server:
     arch, drafts, interleave = name.split("-")
-    if not (scratch / arch).exists():
-        make_checkpoint(scratch / arch, arch, experts=16)
-    speculative = ("--speculative-config", json.dumps(speculative_config(int(drafts)))) if drafts != "0" else ()
-    return start(
-        scratch,
-        f"{name}-{side}",
-        arch,
-        MODES[side],
-        "--served-model-name", MODEL,
-        "--enforce-eager",
-        "--tensor-parallel-size", "2",
-        "--decode-context-parallel-size", "2",
-        "--cp-kv-cache-interleave-size", interleave,
-        "--max-model-len", "32768",
-        "--max-num-seqs", "8",
-        "--max-num-batched-tokens", "2048",
-        "--long-prefill-token-threshold", str(CHUNK),
-        "--no-enable-prefix-caching",
-        "--gpu-memory-utilization", "0.05",
-        "--kv-cache-memory-bytes", str(2 << 30),
-        "--worker-extension-cls", "comparing_worker.Extension",
-        *speculative,
-    )  # fmt: skip
+    # Of an argument that is given twice vLLM takes the last.
+    longer = "--max-model-len", "32768"
+    spread = "--tensor-parallel-size", "2", "--decode-context-parallel-size", "2", "--cp-kv-cache-interleave-size", interleave
+    return serve_model(scratch, f"{name}-{side}", arch, int(drafts), *spread, *longer, mode=MODES[side])
 
 
 @pytest.fixture(scope="module")

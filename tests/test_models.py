@@ -18,7 +18,7 @@ from marking import CAPTURED, FLATTEN, PACK, RAGGED_LOGITS, RAGGED_PLAN, UNPACK
 from servers import MODEL, call, completion, start, wait_ready, wanted
 from test_serving import CHUNK, comparison, complete, prompt
 
-from vllm_mqa_sm90 import seams
+from vllm_mqa_sm90 import seams, support
 from vllm_mqa_sm90.architectures import ARCHITECTURES
 from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, speculative_config
@@ -29,6 +29,7 @@ V4 = ("--kv-cache-dtype", "fp8", "--block-size", "256")
 MODELS = {"glm": (0, 1, 2, 3), "v4": (0, 1, 2, 3), "v41": (0, 5, 7), "glm53": (0, 2, 3), "hyv4": (0, 2)}
 # Of contexts that are kept whole: V4.1 selects 512.
 SHORT = {"v41": (60, 200, 400), "glm53": (65, 700, 1990), "hyv4": (65, 700, 1990)}
+*_, KPOOL = support.CACHES
 ADAPTIVE, MANY = "v4-adaptive", "v4-many"
 # A drafter with its own head, on two of the four layers' outputs; vLLM fills in its weights, and all others.
 DSPARK = {
@@ -59,18 +60,25 @@ def serve(scratch: Path, name: str, model: str, *arguments: str, tokens: int = 2
     )  # fmt: skip
 
 
-def serve_model(scratch: Path, name: str) -> Server:
-    """Of a model and with so many speculative tokens as the name says, `glm-2`; `v41-5-stock` is vLLM's own."""
-    arch, k, *side = name.split("-")
+def serve_model(scratch: Path, name: str, arch: str, k: int, *arguments: str, mode: str = "require") -> Server:
+    """Of a model with k speculative tokens, eager, with the comparing worker."""
     if not (scratch / arch).exists():
         make_checkpoint(scratch / arch, arch, experts=16)
         if arch == "v41":
             _narrow_candidates(scratch / arch / "config.json")
     worker = "--worker-extension-cls", "comparing_worker.Extension"
-    drafts = speculative_config(int(k), method=ARCHITECTURES[arch].method)
-    speculative = ("--speculative-config", json.dumps(drafts)) if k != "0" else ()
-    arguments = *ARCHITECTURES[arch].arguments, *(V4 if arch == "v4" else ()), *worker, *speculative
-    return serve(scratch, name, arch, "--enforce-eager", *arguments, mode="off" if side else "require")
+    drafts = speculative_config(k, method=ARCHITECTURES[arch].method)
+    speculative = ("--speculative-config", json.dumps(drafts)) if k else ()
+    of_model = *ARCHITECTURES[arch].arguments, *(V4 if arch == "v4" else ()), *worker, *speculative
+    return serve(scratch, name, arch, "--enforce-eager", *of_model, *arguments, mode=mode)
+
+
+def serve_named(scratch: Path, name: str) -> Server:
+    """As the name says: `glm-2` with two speculative tokens; `v41-5-stock` is vLLM's own."""
+    if name in (ADAPTIVE, MANY):
+        return serve_dspark(scratch, name)
+    arch, k, *side = name.split("-")
+    return serve_model(scratch, name, arch, int(k), mode="off" if side else "require")
 
 
 def _narrow_candidates(file: Path) -> None:
@@ -107,8 +115,9 @@ def serve_dspark(scratch: Path, name: str) -> Server:
 
 def lacking(name: str) -> bool:
     """Whether the installed vLLM lacks the model, or keeps its own path for it."""
-    since = {"v41": (0, 30), "glm53": (0, 33), "hyv4": (0, 29)}
-    return seams.release() < since.get(name.split("-")[0], seams.OLDEST)
+    arch = name.split("-")[0]
+    taken = support.CACHES[KPOOL].since if arch == "glm53" else seams.OLDEST
+    return seams.release() < max(ARCHITECTURES[arch].since, taken)
 
 
 def skip_before(name: str) -> None:
@@ -125,8 +134,7 @@ def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
         running = {}
         names = [*wanted(request, "name"), *wanted(request, "stock")]
         for name in (name for name in names if not lacking(name)):
-            server = serve_dspark(scratch, name) if name in (ADAPTIVE, MANY) else serve_model(scratch, name)
-            running[name] = stack.enter_context(server)
+            running[name] = stack.enter_context(serve_named(scratch, name))
         yield running
 
 
