@@ -3,7 +3,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ def directory(text: str) -> Path:
 def now() -> str:
     """The time, ISO 8601, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def setting(gpu: str, driver: str, versions: Mapping[str, str], date: str) -> str:
+    """Where and when a run was, in one line; `date` is that of `now`."""
+    return f"{gpu}, driver {driver}; {', '.join(f'{name} {version}' for name, version in versions.items())}; {date[:10]}"
 
 
 def stop(benchmark: str, reason: str, status: int = 1) -> int:

@@ -115,8 +115,7 @@ class Report:
     @property
     def setting(self) -> str:
         """The run in one line."""
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.gpu['name']}, driver {self.gpu['driver']}; {versions}; {self.date[:10]}"
+        return output.setting(self.gpu["name"], self.gpu["driver"], self.versions, self.date)
 
     @property
     def conditions(self) -> str:

@@ -103,7 +103,6 @@ class Measurement:
         return 1e3 * self.tokens_per_step / self.itl_ms
 
 
-
 @dataclass
 class Profiled:
     """The GPU's part in the decode steps of one workload on one server."""
@@ -186,9 +185,8 @@ class Report:
     def setting(self) -> str:
         """The run in one line."""
         gpu = self.gpus[0]
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         count = f" ({len(self.gpus)} visible)" if len(self.gpus) > 1 else ""
-        return f"{gpu['name']}{count}, driver {gpu['driver_version']}; {versions}; {self.date[:10]}"
+        return output.setting(gpu["name"] + count, gpu["driver_version"], self.versions, self.date)
 
     @property
     def conditions(self) -> str:
