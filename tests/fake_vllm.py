@@ -2,12 +2,13 @@
 """Stands in for `vllm serve MODEL` and `vllm bench serve`, with their arguments and without a model.
 
 The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, or not at all,
-on each of two engines. It always runs four requests, or as many as --max-num-seqs lets it.
+on each of two engines. It runs as many requests at once as its client says, or --max-num-seqs lets it.
+With a profiler its clients take a while.
 The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
 
 Environment: FAKE_LOG, a file that gets a line for each process; FAKE_TROUBLE, "WHAT: PATTERN" makes what has
-PATTERN in its line fail to start (`start`), fail (`fail`), leave a request out (`lose`), hang (`hang`), or take the
-server with it (`kill`).
+PATTERN in its line fail to start (`start`), fail (`fail`), leave a request out (`lose`), hang (`hang`), take the
+server with it (`kill`), or write no trace (`untraced`).
 """
 
 import argparse
@@ -55,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     k = 0
     requests = 0
-    running = 0
+    running = profiled = 0
+    most = 0
     profiler = None
 
     def do_GET(self) -> None:
@@ -68,6 +70,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
         if self.path == "/requests":
             Handler.requests += body["requests"]
+            Handler.running = min(body["running"], self.most)
             self.answer("")
         elif self.path == "/kill":
             print("out of memory", flush=True)
@@ -77,11 +80,13 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/detokenize":
             self.answer(json.dumps({"prompt": bytes(body["tokens"]).decode(errors="replace")}))
         elif self.path == "/start_profile" and self.profiler:
+            Handler.profiled = self.running
             self.answer("")
         elif self.path == "/stop_profile" and self.profiler:
-            trace = Path(self.profiler["torch_profiler_dir"], f"rank-0.{time.monotonic_ns()}.pt.trace.json.gz")
-            with gzip.open(trace, "wt") as file:
-                json.dump({"traceEvents": events(self.k, self.running)}, file)
+            if not trouble("untraced", self.path):
+                trace = Path(self.profiler["torch_profiler_dir"], f"rank-0.{time.monotonic_ns()}.pt.trace.json.gz")
+                with gzip.open(trace, "wt") as file:
+                    json.dump({"traceEvents": events(self.k, self.profiled)}, file)
             self.answer("")
         elif body.get("stream"):
             Handler.requests += 1
@@ -94,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(None)
 
     def metrics(self) -> str:
-        lines = []
+        lines = [f'vllm:num_requests_running{{engine="0"}} {float(self.running)}']
         for engine in (0, 1) if self.k else ():
             lines.append(f'vllm:spec_decode_num_drafts_total{{engine="{engine}"}} {200.0 * self.requests}')
             lines.append(f'vllm:spec_decode_num_draft_tokens_total{{engine="{engine}"}} {200.0 * self.k * self.requests}')
@@ -123,7 +128,7 @@ def serve(words: list[str]) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     args, _ = parser.parse_known_args(words)
     Handler.k, Handler.profiler = args.speculative_config.get("num_speculative_tokens", 0), args.profiler_config
-    Handler.running = min(4, args.max_num_seqs)
+    Handler.most = args.max_num_seqs
     line = f"serve {os.environ['MQA_SM90']} k={Handler.k}"
     note(line)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -140,7 +145,6 @@ def bench(words: list[str]) -> None:
         parser.add_argument(name)
     for name in ("--port", "--num-prompts", "--max-concurrency", "--seed", "--random-output-len"):
         parser.add_argument(name, type=int)
-    parser.add_argument("--profile", action="store_true")
     args, _ = parser.parse_known_args(words)
 
     def call(path: str, body: dict | None = None) -> str:
@@ -157,10 +161,10 @@ def bench(words: list[str]) -> None:
         raise SystemExit("the client is ill")
     if trouble("kill", line):
         call("/kill", {})
-    call("/requests", {"requests": args.num_prompts})
-    if args.profile and call("/profiler") != "None":  # else it goes on without, as vLLM's does
-        call("/start_profile", {})
-        call("/stop_profile", {})
+    call("/requests", {"requests": args.num_prompts, "running": args.max_concurrency})
+    if call("/profiler") != "None":
+        time.sleep(0.6)
+    call("/requests", {"requests": 0, "running": 0})
     result = {
         "num_prompts": args.num_prompts,
         "completed": args.num_prompts - trouble("lose", line),

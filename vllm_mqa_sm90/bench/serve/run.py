@@ -6,13 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import vllm_mqa_sm90
-from vllm_mqa_sm90 import checkpoint, server
+from vllm_mqa_sm90 import checkpoint, metrics, server
 from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.serve import clients, trace
 from vllm_mqa_sm90.bench.serve.report import PLUGIN, Job, Measurement, Profiled, Report, stem
@@ -22,7 +22,7 @@ from vllm_mqa_sm90.server import Server, ServerError, speculative_config
 # What decides how the plugin's steps run; the rest of the package measures and reports.
 _PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py", "support.py", "wrappers.py")
 _PROFILED_STEPS = 24
-_STEPS_BEFORE_PROFILE = 64  # in which the requests of a :cached workload come to decode, all of them
+_STEPS_BEFORE_PROFILE = 16  # in which requests that run come to decode: of their :cached prompts little is left
 
 
 def profiler_arguments(folder: Path, steps: int = _PROFILED_STEPS, delay: int = 0) -> list[str]:
@@ -113,11 +113,12 @@ class Run:
                 try:
                     # Cached prompts have to be in the cache, and what runs where they are found there to be compiled.
                     for _ in range(0 if job.workload == cached else 2 if job.workload.cached else 1):
-                        self._ask(job, port, env, rehearsal=True)
+                        self._ask(job, running, env, rehearsal=True)
                     cached = job.workload
                     for file in self._files(job):
                         if self._fresh or not file.exists():
-                            found = self._profile(job, port, env) if job.profiled else self._ask(job, port, env)
+                            find_out = self._profile if job.profiled else self._ask
+                            found = find_out(job, running, env)
                             partial = file.with_suffix(".partial")
                             partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
                             partial.replace(file)  # whole or, when killed meanwhile, not at all
@@ -138,23 +139,45 @@ class Run:
             env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
         return env
 
-    def _profile(self, job: Job, port: int, env: Mapping[str, str]) -> dict[str, Any]:
-        folder = self._traces(job)
-        earlier = set(folder.iterdir())
-        self._ask(job, port, env)
+    def _profile(self, job: Job, running: Server, env: Mapping[str, str]) -> dict[str, Any]:
+        folder, count = self._traces(job), job.workload.concurrency
+        earlier, started = set(folder.iterdir()), False
+
+        def start_when_all_run() -> None:
+            # Long prompts come one after the other: the server tokenizes each.
+            nonlocal started
+            if not started and metrics.total(running.get("/metrics"), "vllm:num_requests_running") >= count:
+                running.command("/start_profile")
+                started = True
+
+        self._ask(job, running, env, meanwhile=start_when_all_run)
+        if not started:
+            raise ServerError(f"the profiler: expected {count} requests under way at once, found fewer; see --max-num-seqs")
+        running.command("/stop_profile")
         traces = sorted(file for file in set(folder.iterdir()) - earlier if ".pt.trace.json" in file.name)
         if not traces:
             raise ServerError(f"the profiler: expected a trace in {folder}, found none; see {self._logs}")
         # Of several GPUs, one stands for all.
-        return asdict(trace.profile(trace.events_of(traces[0]), job.workload.concurrency))
+        return asdict(trace.profile(trace.events_of(traces[0]), count))
 
     def _traces(self, job: Job) -> Path:
         folder = self._folder / "traces" / stem(job.server)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _ask(self, job: Job, port: int, env: Mapping[str, str], *, rehearsal: bool = False) -> dict[str, Any]:
-        """Runs vllm bench serve; the JSON that it wrote. ServerError if it fails, or one of its requests."""
+    def _ask(
+        self,
+        job: Job,
+        running: Server,
+        env: Mapping[str, str],
+        *,
+        rehearsal: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Runs vllm bench serve, with a call of `meanwhile` twice a second; the JSON that it wrote.
+
+        ServerError if it fails, or one of its requests.
+        """
         log, found, prompts_file = (self._logs / f"{job.stem}.{suffix}" for suffix in ("log", "json", "jsonl"))
         if prompts := job.workload.prompts(rehearsal=rehearsal):
             prompts_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
@@ -162,11 +185,14 @@ class Run:
         ignore_eos = self._report.acceptance is not None
         arguments = job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=ignore_eos)
         arguments += ["--save-result", "--result-filename", str(found.resolve())]
-        if job.profiled and not rehearsal:
-            arguments.append("--profile")
-        with clients.start(bench_arguments(self._report.model, port, arguments), log, env) as client:
-            what = f"{job}, rehearsal" if rehearsal else str(job)
-            client.wait_done(self._timeout, lambda line: self._progress.show(what, line))
+        what = f"{job}, rehearsal" if rehearsal else str(job)
+
+        def watch(line: str) -> None:
+            self._progress.show(what, line)
+            meanwhile()
+
+        with clients.start(bench_arguments(self._report.model, running.port, arguments), log, env) as client:
+            client.wait_done(self._timeout, watch)
         result = json.loads(found.read_text())
         if result["completed"] != result["num_prompts"]:
             raise ServerError(
