@@ -25,8 +25,9 @@ def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> S
         MQA_SM90=mode,
         PYTHONPATH=path,
         VLLM_SERVER_DEV_MODE="1",
-        # Of hundreds of kernels that DeepGEMM would compile at the start, a test needs a few.
+        # Of hundreds of kernels that DeepGEMM would compile at the start, a test needs a few; FlashInfer's takes minutes.
         VLLM_DEEP_GEMM_WARMUP="skip",
+        VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER="0",
     )
     return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
 
