@@ -43,7 +43,7 @@ class Hopper(NonNvmlCudaPlatform):
 
     @classmethod
     def device_count(cls) -> int:
-        return 1
+        return 8
 
     @classmethod
     def log_warnings(cls) -> None:

@@ -11,6 +11,8 @@ import sys
 import load_on_meta
 import vllm.platforms
 
+PARALLEL = "tensor", "data", "decode_context"
+
 
 def main() -> None:
     vllm.platforms._current_platform = load_on_meta.Hopper()
@@ -41,6 +43,7 @@ def main() -> None:
                 "max_num_seqs": config.scheduler_config.max_num_seqs,
                 "profiler": config.profiler_config.profiler,
                 "profiled_steps": config.profiler_config.max_iterations,
+                "parallel": [getattr(config.parallel_config, f"{kind}_parallel_size") for kind in PARALLEL],
             }
         )
     print(json.dumps(found))

@@ -799,6 +799,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
             "max_num_seqs": 8,
             "profiler": "torch",
             "profiled_steps": 24,
+            "parallel": [1, 1, 1],
         }
     for workload, client in zip(chosen, found[4:], strict=True):
         assert (client["max_concurrency"], client["num_prompts"]) == (workload.concurrency, workload.requests)

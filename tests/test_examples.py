@@ -2,8 +2,10 @@
 """The examples for serving, with stand-ins for what they start."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_mqa_sm90 import checkpoint
+from vllm_mqa_sm90 import architectures, checkpoint, seams
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
@@ -34,10 +36,15 @@ def stub(folder: Path, name: str, status: int = 0) -> None:
     file.chmod(0o755)
 
 
-def serve_sh(folder: Path, *words: str, **variables: str) -> tuple[int, list[list[str]]]:
+def bash(folder: Path, *words: str, **variables: str) -> tuple[int, list[list[str]]]:
+    """Status, and the words of what was started in the place of programs by those in `folder`."""
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CUDA_HOME": "/cuda", **variables}
-    done = subprocess.run(["bash", EXAMPLES / "serve.sh", *words], env=env, capture_output=True, text=True)
+    done = subprocess.run(["bash", *words], env=env, cwd=EXAMPLES.parent, capture_output=True, text=True)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def serve_sh(folder: Path, *words: str, **variables: str) -> tuple[int, list[list[str]]]:
+    return bash(folder, "examples/serve.sh", *words, **variables)
 
 
 def test_serve_sh(model: tuple[str, dict], tmp_path: Path) -> None:
@@ -63,6 +70,66 @@ def test_serve_sh_of_v41(tmp_path: Path) -> None:
     assert serve[5:] == ["--language-model-only", "--port", "1", "require"]
     _, (_, serve) = serve_sh(tmp_path, "deepseek-ai/DeepSeek-V4.1-Flash", METHOD="dspark")
     assert json.loads(serve[4]) == MTP | {"method": "dspark"} and serve[5:] == ["require"]
+
+
+def test_serve_sh_drafts(tmp_path: Path) -> None:
+    for name in ("vllm", "vllm-mqa-sm90"):
+        stub(tmp_path, name)
+    _, (_, serve) = serve_sh(tmp_path, "model", "--port", "1", DRAFTS="0")
+    assert serve == ["vllm", "serve", "model", "--port", "1", "require"]
+    checkpoint._write_json(tmp_path / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
+    for drafts in 1, 7:
+        _, (_, serve) = serve_sh(tmp_path, str(tmp_path), DRAFTS=str(drafts))
+        rates = checkpoint.ACCEPTANCE_RATES[:drafts]
+        expected = SYNTHETIC | {"num_speculative_tokens": drafts, "synthetic_acceptance_rates": rates}
+        assert json.loads(serve[4]) == expected and serve[5:] == ["require"]
+
+
+RELEASED = {
+    "deepseek-ai/DeepSeek-V3.2": "v32",
+    "zai-org/GLM-5.2-FP8": "glm",
+    "deepseek-ai/DeepSeek-V4-Flash-Base": "v4",
+    "deepseek-ai/DeepSeek-V4.1-Flash": "v41",
+    "zai-org/GLM-5.3-Flash": "glm53",
+}
+
+
+def test_vllm_takes_the_commands_of_the_readme(tmp_path: Path, driver_path: str) -> None:
+    """With made models in the place of the released ones, on two GPUs; those that this vLLM has and can spread so."""
+    for name in ("vllm", "vllm-mqa-sm90"):
+        stub(tmp_path, name)
+    (block,) = re.findall(r"^```bash\nGPUS=8\n(.*?)^```$", (EXAMPLES / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for name, arch in RELEASED.items():
+        folder, config = tmp_path / arch, checkpoint.ARCHITECTURES[arch].config(2, 16)
+        folder.mkdir()
+        checkpoint._write_json(folder / "config.json", config)
+        checkpoint._write_json(folder / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
+        checkpoint.make_tokenizer(architectures.text(config)["vocab_size"]).save_pretrained(folder)
+        assert name in block
+        block = block.replace(name, str(folder))
+    status, started = bash(tmp_path, "-ec", f"GPUS=2\n{block}")
+    commands = [words[1:-1] for words in started if words[:2] == ["vllm", "serve"]]
+    assert status == 0 and len(commands) == block.count("examples/serve.sh") == 7
+    expected = [
+        (2, [2, 1, 1]), (2, [1, 2, 1]), (5, [2, 1, 1]), (5, [2, 1, 2]), (2, [2, 1, 1]), (7, [2, 1, 1]), (2, [2, 1, 1]),
+    ]  # fmt: skip
+    known = [
+        seams.release() >= max(checkpoint.ARCHITECTURES[Path(words[1]).name].since, (0, 29) if spread[2] > 1 else (0, 24))
+        for words, (_, spread) in zip(commands, expected, strict=True)
+    ]
+    env = {**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"}
+    if seams.release() >= (0, 30):
+        env["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # vLLM's own choice, where there is a GPU, and so Triton
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("parse_commands.py"))],
+        input=json.dumps(list(itertools.compress(commands, known))),
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [(each["k"], each["parallel"]) for each in json.loads(done.stdout.splitlines()[-1])]
+    assert found == list(itertools.compress(expected, known))
 
 
 def test_serve_sh_stops_where_the_plugin_would_not_take_over(tmp_path: Path) -> None:
