@@ -14,6 +14,7 @@ def has_sm90() -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=float, default=60, metavar="SECONDS", help="of random whole steps on a GPU (default: 60)")
+    parser.addoption("--load", type=float, default=60, metavar="SECONDS", help="of requests to one server (default: 60)")
     parser.addoption("--soak-seed", type=int, metavar="N", help="of the first of them (default: any)")
 
 
