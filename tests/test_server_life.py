@@ -2,6 +2,7 @@
 """What happens to servers that run for long: in an eager server each decode step's logits and selection are compared
 with DeepGEMM's and torch.topk's while requests are preempted, caches reset, and the server sleeps."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from test_serving import MODES, START_SECONDS, comparison, complete, prompt
 
 from vllm_mqa_sm90 import metrics
 from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, ServerError, speculative_config
+from vllm_mqa_sm90.server import Server, ServerError, free_port, speculative_config
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ARGUMENTS = (
@@ -129,6 +131,40 @@ print(json.dumps(found))
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first[0] == second[0] and len(set(first[0])) > 1
     assert first[1] and second[1] and first[2] == second[2] and second[3] > first[3] > 0
+
+
+@pytest.mark.skipif(find_spec("nixl") is None, reason="needs nixl, which vLLM does not bring")
+def test_prefills_come_from_another_server(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disaggregated prefill, by NIXL, on a second GPU where there is one."""
+    transfer = "--kv-transfer-config", json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+    worker = "--worker-extension-cls", "comparing_worker.Extension"
+    answers = {}
+    for side, mode in MODES.items():
+        with contextlib.ExitStack() as stack:
+            pair = []
+            for number, role in enumerate(("prefills", "decodes")):
+                monkeypatch.setenv("VLLM_NIXL_SIDE_CHANNEL_PORT", str(free_port()))
+                monkeypatch.setenv("CUDA_VISIBLE_DEVICES", str(number % torch.cuda.device_count()))
+                running = start(scratch, f"{side}-{role}", "model", mode, "--enforce-eager", *ARGUMENTS, *transfer, *worker)
+                pair.append(stack.enter_context(running))
+            wait_ready(pair, START_SECONDS)
+            prefills, decodes = pair
+            if mode == "require":
+                call(decodes, "mqa_sm90_start_comparing")
+
+            def ask(length: int, prefills: Server = prefills, decodes: Server = decodes) -> list[int]:
+                first = completion(prompt(length), 1) | {"kv_transfer_params": {"do_remote_decode": True}}
+                params = prefills.post("/v1/completions", first)["kv_transfer_params"]
+                body = completion(prompt(length), 40) | {"kv_transfer_params": params}
+                return decodes.post("/v1/completions", body)["choices"][0]["token_ids"]
+
+            answers[side] = [ask(length) for length in (200, 700, 1500, 1990)]
+            assert len(ask(6000)) == 40
+            assert metrics.total(decodes.get("/metrics"), "vllm:external_prefix_cache_hits") > 9000
+            if mode == "require":
+                assert compared(decodes) > 100
+    assert answers["plugin"] == answers["stock"]
+    assert all(len(set(answer)) > 1 for answer in answers["stock"])
 
 
 @TWO_GPUS
