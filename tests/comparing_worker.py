@@ -95,6 +95,12 @@ class Extension(WorkerExtension):
         found = {"agreements": _agreements, "selections": _selections}
         return json.dumps(_steps | {name: {key: dataclasses.asdict(rows) for key, rows in by.items()} for name, by in found.items()})
 
+    def mqa_sm90_order_merged(self) -> None:
+        """Under decode context parallelism: attention sums over a row's tokens in ascending order. vLLM's merge of what the
+        ranks choose leaves the order to chance, and a server, stock or not, need not repeat its own tokens."""
+        merge = f"{seams.OP}:_merge_dcp_topk_global"
+        seams.replace({merge: ordering(seams.resolve(merge))})
+
 
 @functools.cache  # once
 def start_comparing() -> None:
@@ -178,6 +184,19 @@ def checking(ours: Any) -> Any:
         return both
 
     return get_indexer_topk
+
+
+def ordering(merge: Any) -> Any:
+    """A function that writes tokens and -1 into its second argument, with the tokens of each row sorted, before the -1."""
+
+    @functools.wraps(merge)
+    def ordered(logits, topk_indices, *arguments, **options):
+        merge(logits, topk_indices, *arguments, **options)
+        none = torch.iinfo(topk_indices.dtype).max
+        tokens = topk_indices.masked_fill(topk_indices < 0, none).sort(dim=1).values
+        topk_indices.copy_(tokens.masked_fill(tokens == none, -1))
+
+    return ordered
 
 
 def counting_ragged(stock: Any) -> Any:

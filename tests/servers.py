@@ -28,6 +28,8 @@ def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> S
         # Of hundreds of kernels that DeepGEMM would compile at the start, a test needs a few; FlashInfer's takes minutes.
         VLLM_DEEP_GEMM_WARMUP="skip",
         VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER="0",
+        # What FlashInfer chooses by itself wants NVLink multicast, which not every host of several GPUs lets one have.
+        VLLM_FLASHINFER_ALLREDUCE_BACKEND="trtllm",
     )
     return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
 

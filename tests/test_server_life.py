@@ -19,9 +19,9 @@ import torch
 from servers import MODEL, call, completion, start, wait_ready
 from test_serving import MODES, START_SECONDS, comparison, complete, prompt
 
-from vllm_mqa_sm90 import metrics
+from vllm_mqa_sm90 import metrics, seams
 from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, ServerError, free_port, speculative_config
+from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, speculative_config
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ARGUMENTS = (
@@ -30,6 +30,7 @@ ARGUMENTS = (
     "--max-num-seqs", "8",
     "--max-num-batched-tokens", "2048",
     "--gpu-memory-utilization", "0.05",
+    "--kv-cache-memory-bytes", str(1 << 30),
     "--speculative-config", json.dumps(speculative_config(2)),
 )  # fmt: skip
 
@@ -45,10 +46,10 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def server(scratch: Path) -> Iterator[Server]:
-    """With room for 14,000 tokens."""
+    """With room for 12,700 tokens, so that of five requests of 3300 some are preempted."""
     torch.cuda.empty_cache()  # what tests before this file's left
     worker = "--worker-extension-cls", "comparing_worker.Extension"
-    memory = "--num-gpu-blocks-override", "220", "--enable-prefix-caching", "--enable-sleep-mode"
+    memory = "--num-gpu-blocks-override", "200", "--enable-prefix-caching", "--enable-sleep-mode"
     with start(scratch, "life", "model", "require", "--enforce-eager", *ARGUMENTS, *memory, *worker) as running:
         wait_ready([running], START_SECONDS)
         call(running, "mqa_sm90_start_comparing")
@@ -85,6 +86,7 @@ def test_prefix_cache_is_reset_under_load(server: Server) -> None:
     assert compared(server) > before
 
 
+@pytest.mark.skipif(seams.release() < (0, 33), reason="vLLM 0.26 loses its builders' own buffers; others were not looked at")
 def test_sleeps_and_wakes_up(server: Server) -> None:
     (first,) = complete(server, prompt(1500), 40)
     before = compared(server)
@@ -125,7 +127,8 @@ for _ in range(2):
     torch.cuda.empty_cache()
 print(json.dumps(found))
 """
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "MQA_SM90": "require", "VLLM_DEEP_GEMM_WARMUP": "skip"}
+    env = environment(scratch, VLLM_ENABLE_V1_MULTIPROCESSING="0", MQA_SM90="require", VLLM_DEEP_GEMM_WARMUP="skip")
+    env["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # the last line of the output is ours
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = json.loads(done.stdout.splitlines()[-1])
@@ -172,7 +175,7 @@ def test_idle_data_parallel_ranks_step_along(scratch: Path) -> None:
     """Expert parallelism on two GPUs: one request at a time, so that the other rank has none; tokens as stock vLLM's."""
     answers = {}
     for side, mode in MODES.items():
-        spread = "--data-parallel-size", "2", "--enable-expert-parallel"
+        spread = "--data-parallel-size", "2", "--enable-expert-parallel", "--api-server-count", "1"
         with start(scratch, f"dp-{side}", "model", mode, *ARGUMENTS, *spread) as running:
             wait_ready([running], START_SECONDS)
             answers[side] = [complete(running, prompt(length), 40)[0] for length in (200, 700, 1500, 1990)]
@@ -181,15 +184,24 @@ def test_idle_data_parallel_ranks_step_along(scratch: Path) -> None:
     assert all(len(set(answer)) > 1 for answer in answers["stock"])
 
 
+def workers_of(server: Server) -> list[int]:
+    """Processes of its session that are vLLM's workers by their titles."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it may have ended
+            if os.getsid(int(process.name)) == server.pid and b"VLLM::Worker" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
 @TWO_GPUS
 def test_a_killed_rank_ends_the_engine_and_a_restart_serves(scratch: Path) -> None:
     arguments = *ARGUMENTS, "--tensor-parallel-size", "2"
     with start(scratch, "killed", "model", "require", *arguments) as running:
         wait_ready([running], START_SECONDS)
-        workers = subprocess.run(["pgrep", "-s", str(running.pid), "-f", "VLLM::Worker"], capture_output=True, text=True)
         decoding = running.stream("/v1/completions", completion(prompt(3000), 2000))
         next(decoding)
-        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+        os.kill(max(workers_of(running)), signal.SIGKILL)
         with pytest.raises((ServerError, OSError, ValueError, KeyError)):
             for event in decoding:
                 if "error" in event:

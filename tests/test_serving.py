@@ -276,6 +276,15 @@ def test_selections_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, wro
     assert found == {"2": {"rows": 4, "chosen": 2, "different": int(wrong), "stock": 4}}
 
 
+def test_merged_tokens_are_sorted() -> None:
+    def merge(logits: None, topk_indices: torch.Tensor, k: int) -> None:
+        topk_indices.copy_(torch.tensor([[5, -1, 2, 9], [-1, -1, -1, 0]]))
+
+    chosen = torch.zeros(2, 4, dtype=torch.int32)
+    comparing_worker.ordering(merge)(None, chosen, 4)
+    assert chosen.tolist() == [[2, 5, 9, -1], [0, -1, -1, -1]]
+
+
 @pytest.mark.parametrize(("query_lens", "ragged"), [((3, 3), 0), ((3, 1), 1), ((3, 512), 0), ((3, 2, 512), 1), ((3, 0), 0)])
 def test_ragged_steps_are_counted(monkeypatch: pytest.MonkeyPatch, query_lens: tuple[int, ...], ragged: int) -> None:
     monkeypatch.setattr(comparing_worker, "_steps", {"ragged": 0})
