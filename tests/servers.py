@@ -12,7 +12,7 @@ import pytest
 from vllm_mqa_sm90.server import Server, environment, free_port, vllm_serve
 
 MODEL = "small"
-REQUEST_SECONDS = 300  # kernels of some models are compiled when a step first needs them
+REQUEST_SECONDS = 600  # kernels of some models are compiled when a step first needs them
 
 
 def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> Server:

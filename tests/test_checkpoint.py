@@ -172,10 +172,10 @@ def test_shapes_are_those_of_one_rank_of_eight() -> None:
 
     shapes = shapes_of("glm53", layers=4)
     attention = "model.layers.3.self_attn."
-    # GLM-5.3-Flash has 64 heads of 256, nothing rotated, an indexer of 32 heads, and 64 heads of 128 without a cache.
+    # GLM-5.3-Flash has 64 heads of 256, nothing rotated, an indexer of 16 heads, and 64 heads of 128 without a cache.
     assert shapes[attention + "q_b_proj.weight"] == (64 // 8 * 256, 1536)
     assert shapes[attention + "kv_a_proj_with_mqa.weight"] == (512, 4096)
-    assert shapes[attention + "indexer.wq_b.weight"] == (32 * 128, 1536)
+    assert shapes[attention + "indexer.wq_b.weight"] == (16 * 128, 1536)
     assert shapes[attention + "indexer.index_kpool_compress_ape"] == (4, 128)
     assert shapes["model.layers.2.self_attn.k_proj.weight"] == (64 // 8 * 128, 4096)
     assert shapes["model.layers.2.mlp.experts.31.down_proj.weight"] == (4096, 2048 // 8)
@@ -204,7 +204,9 @@ def test_layers_of_v41_choose_among_keys_and_candidates_of_earlier_ones(layers: 
     keys, indexers, first = c["kv_source_layer_ids"], c["index_source_layer_ids"], c["candidate_source_layer_id"]
     assert keys[0] == indexers[0] == 0 and set(keys) <= set(indexers) and max(indexers) < layers
     # The candidates are of the keys that all later indexers choose from, and those of every token.
-    assert first == keys[-1] and c["compress_ratios"] == [2] * first + [1] * (layers - first)
+    assert first == keys[-1] and c["compress_ratios"][:layers] == [2] * first + [1] * (layers - first)
+    # vLLM plans for the ratios in the list, and gives the drafter's layers 0.
+    assert c["compress_ratios"][layers:] == [0] * c["num_nextn_predict_layers"]
     assert layers <= 2 or max(indexers) > first
     assert with_tensor("v41", layers, ".attn.indexer.wk.") == {str(layer) for layer in keys}
     assert with_tensor("v41", layers, ".attn.indexer.wq_b.weight") == {str(layer) for layer in indexers}

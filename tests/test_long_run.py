@@ -41,7 +41,7 @@ def test_nothing_grows_under_a_mixed_load(pytestconfig: pytest.Config) -> None:
     torch.cuda.empty_cache()  # what tests before this file's left
     seconds, readings, requests, tokens = pytestconfig.getoption("--load"), [], 0, 0
     with tempfile.TemporaryDirectory(prefix="mqa-sm90-") as folder:
-        make_checkpoint(Path(folder) / "model")
+        make_checkpoint(Path(folder) / "model", experts=16)
         with start(Path(folder), "long", "model", "require", *ARGUMENTS) as server:
             wait_ready([server], START_SECONDS)
             begin = time.monotonic()

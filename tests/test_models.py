@@ -2,13 +2,13 @@
 """Servers of the models that share the indexer: GLM-5.2 and 5.3, DeepSeek-V4 and V4.1, Hy4, and V4 with adaptive
 verification of its drafts.
 
-Those of the chosen tests alone are started, together: `-k glm-`, `-k "[v4-2] or v4-adaptive"`, `-k v41-5`.
+Those of the chosen tests alone are started, a model's together: `-k glm-`, `-k "[v4-2] or v4-adaptive"`, `-k v41-5`.
 """
 
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +24,10 @@ from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, speculative_config
 
 START_SECONDS = 900  # TileLang compiles V4's kernels at the first start, one after the other
-V4 = ("--kv-cache-dtype", "fp8", "--block-size", "256")
+OF_MODEL = {
+    "v4": ("--kv-cache-dtype", "fp8", "--block-size", "256"),
+    "glm53": ("--attention-backend", "FLASH_ATTN_MLA_SPARSE"),  # FlashInfer's, where it is installed, is compiled for minutes
+}
 # Speculative tokens of each model's servers.
 MODELS = {"glm": (0, 1, 2, 3), "v4": (0, 1, 2, 3), "v41": (0, 5, 7), "glm53": (0, 2, 3), "hyv4": (0, 2)}
 # Of contexts that are kept whole: V4.1 selects 512.
@@ -69,7 +72,7 @@ def serve_model(scratch: Path, name: str, arch: str, k: int, *arguments: str, mo
     worker = "--worker-extension-cls", "comparing_worker.Extension"
     drafts = speculative_config(k, method=ARCHITECTURES[arch].method)
     speculative = ("--speculative-config", json.dumps(drafts)) if k else ()
-    of_model = *ARCHITECTURES[arch].arguments, *(V4 if arch == "v4" else ()), *worker, *speculative
+    of_model = *ARCHITECTURES[arch].arguments, *OF_MODEL.get(arch, ()), *worker, *speculative
     return serve(scratch, name, arch, "--enforce-eager", *of_model, *arguments, mode=mode)
 
 
@@ -107,14 +110,16 @@ def serve_dspark(scratch: Path, name: str) -> Server:
         "--kernel-config", json.dumps({"enable_jit_warmup": False}),
         "--worker-extension-cls", "marking_worker.Extension",
         "--speculative-config", json.dumps(speculative),
-        *V4,
+        *OF_MODEL["v4"],
         # Most steps of prefills have as many then, and kernels are compiled for how many.
         tokens=CHUNK if adaptive else 2048,
     )  # fmt: skip
 
 
 def lacking(name: str) -> bool:
-    """Whether the installed vLLM lacks the model, or keeps its own path for it."""
+    """Whether the installed vLLM lacks the model or its drafter, or keeps its own path for it."""
+    if name in (ADAPTIVE, MANY):
+        return seams.release() < (0, 29)
     arch = name.split("-")[0]
     taken = support.CACHES[KPOOL].since if arch == "glm53" else seams.OLDEST
     return seams.release() < max(ARCHITECTURES[arch].since, taken)
@@ -125,22 +130,33 @@ def skip_before(name: str) -> None:
         pytest.skip("this vLLM has no such model, or keeps its own path for it")
 
 
+class Servers:
+    """Servers by name, of one model at a time: all models' have no room on a GPU. Each test waits for its own."""
+
+    def __init__(self, scratch: Path, names: Sequence[str], stack: contextlib.ExitStack) -> None:
+        self._scratch, self._names, self._stack = scratch, names, stack
+        self._running: dict[str, Server] = {}
+
+    def __getitem__(self, name: str) -> Server:
+        if name not in self._running:
+            self._stack.close()
+            model = name.split("-")[0]
+            of_model = [each for each in self._names if each.split("-")[0] == model]
+            self._running = {each: self._stack.enter_context(serve_named(self._scratch, each)) for each in of_model}
+        return self._running[name]
+
+
 @pytest.fixture(scope="module")
-def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
-    """Those that the chosen tests ask, started together; each test waits for its own."""
+def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
     torch.cuda.empty_cache()  # what tests before this file's left
-    with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mqa-sm90-")))
-        running = {}
-        names = [*wanted(request, "name"), *wanted(request, "stock")]
-        for name in (name for name in names if not lacking(name)):
-            running[name] = stack.enter_context(serve_named(scratch, name))
-        yield running
+    names = [name for name in (*wanted(request, "name"), *wanted(request, "stock")) if not lacking(name)]
+    with tempfile.TemporaryDirectory(prefix="mqa-sm90-") as folder, contextlib.ExitStack() as stack:
+        yield Servers(Path(folder), names, stack)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [f"{arch}-{k}" for arch, ks in MODELS.items() for k in ks])
-def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], name: str) -> None:
+def test_logits_in_a_server_are_those_of_deepgemm(servers: Servers, name: str) -> None:
     """Of uniform and of ragged steps, and the selection from them is torch.topk's. V4's eager steps skip the indexer up to
     2048 tokens: all are kept."""
     skip_before(name)
@@ -168,7 +184,7 @@ def test_logits_in_a_server_are_those_of_deepgemm(servers: dict[str, Server], na
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "stock"), [(f"{arch}-{k}", f"{arch}-{k}-stock") for arch in SHORT for k in MODELS[arch][:2]])
-def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], name: str, stock: str) -> None:
+def test_tokens_are_those_of_stock_vllm(servers: Servers, name: str, stock: str) -> None:
     """Contexts that the indexer keeps whole."""
     skip_before(name)
     pair = servers[name], servers[stock]
@@ -184,7 +200,7 @@ def test_tokens_are_those_of_stock_vllm(servers: dict[str, Server], name: str, s
 @pytest.mark.gpu
 @pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM's indexer refuses adaptive verification on Hopper")
 @pytest.mark.parametrize("name", [ADAPTIVE])
-def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server], name: str) -> None:
+def test_adaptive_verification_runs_on_ragged_plans(servers: Servers, name: str) -> None:
     server = servers[name]
     wait_ready([server], START_SECONDS)
     before = json.loads(call(server, "mqa_sm90_marks"))
@@ -202,7 +218,7 @@ def test_adaptive_verification_runs_on_ragged_plans(servers: dict[str, Server], 
 @pytest.mark.gpu
 @pytest.mark.skipif(seams.release() < (0, 29), reason="vLLM has no DSpark for V4 on Hopper")
 @pytest.mark.parametrize("name", [MANY])
-def test_seven_drafts_of_many_requests_are_captured_and_served(servers: dict[str, Server], name: str) -> None:
+def test_seven_drafts_of_many_requests_are_captured_and_served(servers: Servers, name: str) -> None:
     """Whose captures have requests of one token, none of which is a compressed one."""
     server = servers[name]
     wait_ready([server], START_SECONDS)

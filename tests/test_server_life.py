@@ -40,7 +40,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module")
 def scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mqa-sm90-") as folder:
-        make_checkpoint(Path(folder) / "model")
+        make_checkpoint(Path(folder) / "model", experts=16)
         yield Path(folder)
 
 

@@ -45,7 +45,7 @@ def v41_config(layers: int, experts: int) -> dict[str, Any]:
             "candidate_block_size": 8,
             "candidate_source_layer_id": half,
             "candidate_topk_blocks": 2048,
-            "compress_ratios": [2] * half + [1] * (layers - half),
+            "compress_ratios": [2] * half + [1] * (layers - half) + [0] * DRAFTERS,
             "compress_rope_theta": 160000,
             "dspark_block_size": 5,
             "dspark_markov_rank": MARKOV_RANK,

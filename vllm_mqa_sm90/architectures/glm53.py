@@ -42,7 +42,7 @@ def glm53_config(layers: int, experts: int) -> dict[str, Any]:
             "index_kpool": 4,
             "index_kpool_always_select_tail": True,
             "index_kpool_compress": True,
-            "index_n_heads": 32,
+            "index_n_heads": 16,
             "index_share_for_mtp_iteration": True,
             "index_topk": 2048,
             "indexer_rope_interleave": True,
