@@ -16,7 +16,7 @@ shift
 export MQA_SM90=${MQA_SM90:-require}
 
 # Draft tokens a step, 0 to 7, from the model's own MTP layer; DeepSeek-V4.1's come from DSpark (of one that is no folder, set
-# METHOD). Without the plugin vLLM reads each request's cached keys once for each token if there are 2, 4 or more; with it, once.
+# METHOD). With 2, or 4 and more, stock vLLM reads a request's cached keys once for each token of the step; the plugin, once.
 drafts=${DRAFTS:-2}
 method=${METHOD:-mtp}
 grep -qs '"DeepseekV41ForCausalLM"' "$model/config.json" && method=dspark
