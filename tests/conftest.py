@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
+import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,3 +60,22 @@ def driver_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     library = folder / "libcuda.so.1"
     subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def run_script(driver_path: str) -> Callable[..., Any]:
+    """Runs a script of this folder, which imports vLLM without a GPU, and reads the JSON of its last line: by name, arguments,
+    `given`, its input, and more variables of its environment."""
+
+    def run(name: str, *arguments: object, given: str | None = None, **variables: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name(name), *arguments],
+            input=given,
+            env={**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off", **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

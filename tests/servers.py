@@ -15,12 +15,10 @@ MODEL = "small"
 REQUEST_SECONDS = 600  # kernels of some models are compiled when a step first needs them
 
 
-def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> Server:
-    """A server of `scratch`/`model` with `MQA_SM90=mode`, whose workers find what is in this folder."""
-    port = free_port()
-    command = vllm_serve(scratch / model, port, *arguments)
+def environment_of(scratch: Path, mode: str) -> dict[str, str]:
+    """Of engines with `MQA_SM90=mode`, whose workers find what is in this folder."""
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    env = environment(
+    return environment(
         scratch,
         MQA_SM90=mode,
         PYTHONPATH=path,
@@ -31,6 +29,12 @@ def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> S
         # What FlashInfer chooses by itself wants NVLink multicast, which not every host of several GPUs lets one have.
         VLLM_FLASHINFER_ALLREDUCE_BACKEND="trtllm",
     )
+
+
+def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> Server:
+    """A server of `scratch`/`model`."""
+    port = free_port()
+    command, env = vllm_serve(scratch / model, port, *arguments), environment_of(scratch, mode)
     return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
 
 

@@ -11,11 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import origins
 import pytest
 from matplotlib.image import imread
+from weightless import write_weightless
 
 from vllm_mqa_sm90 import bench, checkpoint, cli, machine, metrics, server
 from vllm_mqa_sm90.bench import output, serve
@@ -762,13 +765,11 @@ def test_other_checkpoints_are_not_taken_for_made_ones(tmp_path: Path) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Config and tokenizer of a checkpoint, without weights."""
     folder = tmp_path_factory.mktemp("model")
-    config = checkpoint.ARCHITECTURES["v32"].config(2, 16)
-    (folder / "config.json").write_text(json.dumps(config))
-    checkpoint.make_tokenizer(config["vocab_size"]).save_pretrained(folder)
+    write_weightless(folder, checkpoint.ARCHITECTURES["v32"].config(2, 16))
     return folder
 
 
-def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) -> None:
+def test_vllm_takes_the_commands(model: Path, tmp_path: Path, run_script: Callable[..., Any]) -> None:
     report = Report(str(model), [GPU], {}, "", "", ["--max-num-seqs", "8"], checkpoint.ACCEPTANCE_RATES)
     commands, ks = [], (0, 1, 2, 7)
     for k in ks:
@@ -781,15 +782,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, driver_path: str) 
         words = workload.arguments(tmp_path / "p.jsonl", rehearsal=False, ignore_eos=True)
         words += ["--save-result", "--result-filename", "r.json"]
         commands.append(serve_run.bench_arguments(str(model), 8123, words))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("parse_commands.py"))],
-        input=json.dumps(commands),
-        env={**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = run_script("parse_commands.py", given=json.dumps(commands))
     for k, server_found in zip(ks, found[:4], strict=True):
         assert server_found == {
             "port": 8123,

@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from weightless import write_weightless
 
 from vllm_mqa_sm90 import checkpoint, cli, seams
 from vllm_mqa_sm90.architectures import ARCHITECTURES, Tensor, has_indexer, text
@@ -106,16 +109,10 @@ def lacking(arch: str) -> pytest.MarkDecorator:
     ],
 )
 def test_every_tensor_is_a_parameter_of_vllm_and_every_parameter_a_tensor(
-    tmp_path: Path, driver_path: str, arch: str, layers: int, architecture: str, tokenizer_mode: str
+    tmp_path: Path, run_script: Callable[..., Any], arch: str, layers: int, architecture: str, tokenizer_mode: str
 ) -> None:
-    config = ARCHITECTURES[arch].config(layers, 32)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    checkpoint.make_tokenizer(text(config)["vocab_size"]).save_pretrained(tmp_path)
-    script = Path(__file__).with_name("load_on_meta.py")
-    env = {**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"}
-    done = subprocess.run([sys.executable, script, tmp_path, arch], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    write_weightless(tmp_path, ARCHITECTURES[arch].config(layers, 32))
+    assert run_script("load_on_meta.py", tmp_path, arch) == {
         "architecture": architecture,
         "tokenizer_mode": tokenizer_mode,
         "unfilled": {"target": [], "draft": []},

@@ -8,12 +8,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from weightless import write_weightless
 
-from vllm_mqa_sm90 import architectures, checkpoint, seams
+from vllm_mqa_sm90 import checkpoint, seams, support
+from vllm_mqa_sm90.architectures import ARCHITECTURES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MTP = {"method": "mtp", "num_speculative_tokens": 2}
@@ -25,7 +29,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, dict]:
     """A model and the speculative configuration that it should get."""
     if not request.param:
         return "deepseek-ai/DeepSeek-V3.2", MTP
-    checkpoint._write_json(tmp_path / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
+    mark_made(tmp_path)
     return str(tmp_path), SYNTHETIC
 
 
@@ -34,6 +38,16 @@ def stub(folder: Path, name: str, status: int = 0) -> None:
     program = f"import json, os, sys; print(json.dumps([{name!r}, *sys.argv[1:], os.environ['MQA_SM90']])); sys.exit({status})"
     file.write_text(f"#!{sys.executable}\n{program}\n")
     file.chmod(0o755)
+
+
+def stub_programs(folder: Path) -> None:
+    for name in ("vllm", "vllm-mqa-sm90"):
+        stub(folder, name)
+
+
+def mark_made(folder: Path) -> None:
+    """As a checkpoint of make-checkpoint."""
+    checkpoint._write_json(folder / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
 
 
 def bash(folder: Path, *words: str, **variables: str) -> tuple[int, list[list[str]]]:
@@ -48,8 +62,7 @@ def serve_sh(folder: Path, *words: str, **variables: str) -> tuple[int, list[lis
 
 
 def test_serve_sh(model: tuple[str, dict], tmp_path: Path) -> None:
-    for name in ("vllm", "vllm-mqa-sm90"):
-        stub(tmp_path, name)
+    stub_programs(tmp_path)
     name, speculative = model
     status, (check, serve) = serve_sh(tmp_path, name, "--tensor-parallel-size", "8")
     assert (status, check) == (0, ["vllm-mqa-sm90", "check", "require"])
@@ -59,12 +72,11 @@ def test_serve_sh(model: tuple[str, dict], tmp_path: Path) -> None:
 
 
 def test_serve_sh_of_v41(tmp_path: Path) -> None:
-    for name in ("vllm", "vllm-mqa-sm90"):
-        stub(tmp_path, name)
-    checkpoint._write_json(tmp_path / "config.json", checkpoint.ARCHITECTURES["v41"].config(1, 16))
+    stub_programs(tmp_path)
+    checkpoint._write_json(tmp_path / "config.json", ARCHITECTURES["v41"].config(1, 16))
     _, (_, serve) = serve_sh(tmp_path, str(tmp_path), "--port", "1")
     assert json.loads(serve[4]) == MTP | {"method": "dspark"} and serve[5:] == ["--port", "1", "require"]
-    checkpoint._write_json(tmp_path / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
+    mark_made(tmp_path)
     _, (_, serve) = serve_sh(tmp_path, str(tmp_path), "--port", "1")
     assert json.loads(serve[4]) == SYNTHETIC | {"method": "dspark"}
     assert serve[5:] == ["--language-model-only", "--port", "1", "require"]
@@ -73,11 +85,10 @@ def test_serve_sh_of_v41(tmp_path: Path) -> None:
 
 
 def test_serve_sh_drafts(tmp_path: Path) -> None:
-    for name in ("vllm", "vllm-mqa-sm90"):
-        stub(tmp_path, name)
+    stub_programs(tmp_path)
     _, (_, serve) = serve_sh(tmp_path, "model", "--port", "1", DRAFTS="0")
     assert serve == ["vllm", "serve", "model", "--port", "1", "require"]
-    checkpoint._write_json(tmp_path / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
+    mark_made(tmp_path)
     for drafts in 1, 7:
         _, (_, serve) = serve_sh(tmp_path, str(tmp_path), DRAFTS=str(drafts))
         rates = checkpoint.ACCEPTANCE_RATES[:drafts]
@@ -94,17 +105,15 @@ RELEASED = {
 }
 
 
-def test_vllm_takes_the_commands_of_the_readme(tmp_path: Path, driver_path: str) -> None:
+def test_vllm_takes_the_commands_of_the_readme(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     """With made models in the place of the released ones, on two GPUs; those that this vLLM has and can spread so."""
-    for name in ("vllm", "vllm-mqa-sm90"):
-        stub(tmp_path, name)
+    stub_programs(tmp_path)
     (block,) = re.findall(r"^```bash\nGPUS=8\n(.*?)^```$", (EXAMPLES / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     for name, arch in RELEASED.items():
-        folder, config = tmp_path / arch, checkpoint.ARCHITECTURES[arch].config(2, 16)
+        folder = tmp_path / arch
         folder.mkdir()
-        checkpoint._write_json(folder / "config.json", config)
-        checkpoint._write_json(folder / checkpoint.INDEX, {"metadata": {"weights": checkpoint.RANDOM}})
-        checkpoint.make_tokenizer(architectures.text(config)["vocab_size"]).save_pretrained(folder)
+        write_weightless(folder, ARCHITECTURES[arch].config(2, 16))
+        mark_made(folder)
         assert name in block
         block = block.replace(name, str(folder))
     status, started = bash(tmp_path, "-ec", f"GPUS=2\n{block}")
@@ -113,22 +122,15 @@ def test_vllm_takes_the_commands_of_the_readme(tmp_path: Path, driver_path: str)
     expected = [
         (2, [2, 1, 1]), (2, [1, 2, 1]), (5, [2, 1, 1]), (5, [2, 1, 2]), (2, [2, 1, 1]), (7, [2, 1, 1]), (2, [2, 1, 1]),
     ]  # fmt: skip
+    v32, *_ = support.CACHES.values()
     known = [
-        seams.release() >= max(checkpoint.ARCHITECTURES[Path(words[1]).name].since, (0, 29) if spread[2] > 1 else (0, 24))
+        seams.release() >= max(ARCHITECTURES[Path(words[1]).name].since, v32.dcp if spread[2] > 1 else v32.since)
         for words, (_, spread) in zip(commands, expected, strict=True)
     ]
-    env = {**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"}
-    if seams.release() >= (0, 30):
-        env["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # vLLM's own choice, where there is a GPU, and so Triton
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("parse_commands.py"))],
-        input=json.dumps(list(itertools.compress(commands, known))),
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [(each["k"], each["parallel"]) for each in json.loads(done.stdout.splitlines()[-1])]
+    # vLLM's own choice, where there is a GPU, and so Triton.
+    runner = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if seams.release() >= (0, 30) else {}
+    parsed = run_script("parse_commands.py", given=json.dumps(list(itertools.compress(commands, known))), **runner)
+    found = [(each["k"], each["parallel"]) for each in parsed]
     assert found == list(itertools.compress(expected, known))
 
 

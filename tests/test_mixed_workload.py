@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,12 +35,13 @@ from marking import CAPTURED, FLATTEN, PACK, RAGGED, RAGGED_LOGITS, RAGGED_PLAN,
 from mixed_load import Request
 from origins import Launch
 from servers import call, start, wait_ready
+from weightless import write_weightless
 
 from vllm_mqa_sm90 import metrics, ops, seams
 from vllm_mqa_sm90.architectures import v32_config
 from vllm_mqa_sm90.bench.serve import trace
 from vllm_mqa_sm90.bench.serve.run import profiler_arguments
-from vllm_mqa_sm90.checkpoint import make_checkpoint, make_tokenizer
+from vllm_mqa_sm90.checkpoint import make_checkpoint
 from vllm_mqa_sm90.server import Server, speculative_config, vllm_serve
 
 SIDES = {"stock": "off", "plugin": "require"}
@@ -301,20 +300,10 @@ def test_tokens_after_the_load_are_those_of_stock_vllm(
 # Without a GPU.
 
 
-def test_load_is_mixed_in_vllms_scheduler(tmp_path: Path, driver_path: str) -> None:
+def test_load_is_mixed_in_vllms_scheduler(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     """The installed vLLM takes the server's words, and its scheduler makes of the load what it is meant for."""
-    config = v32_config(4, experts=32)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    make_tokenizer(config["vocab_size"]).save_pretrained(tmp_path)
-    words = vllm_serve(tmp_path, 8123, *arguments(tmp_path))[3:]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("schedule_load.py")), *words],
-        env={**os.environ, "LD_LIBRARY_PATH": driver_path, "HF_HUB_OFFLINE": "1", "MQA_SM90": "off"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    write_weightless(tmp_path, v32_config(4, experts=32))
+    found = run_script("schedule_load.py", *vllm_serve(tmp_path, 8123, *arguments(tmp_path))[3:])
     assert (found["profiler"], found["profiled_steps"]) == ("torch", PROFILED_STEPS)
     assert found["answers"] == len(mixed_load.requests(1))
     assert found["preemptions"] > 10 and found["hits"] > 10_000

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from servers import MODEL, call, completion, start, wait_ready
+from servers import MODEL, call, completion, environment_of, start, wait_ready
 from test_serving import MODES, START_SECONDS, comparison, complete, prompt
 
 from vllm_mqa_sm90 import metrics, seams
 from vllm_mqa_sm90.checkpoint import make_checkpoint
-from vllm_mqa_sm90.server import Server, ServerError, environment, free_port, speculative_config
+from vllm_mqa_sm90.server import Server, ServerError, free_port, speculative_config
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 ARGUMENTS = (
@@ -127,13 +127,21 @@ for _ in range(2):
     torch.cuda.empty_cache()
 print(json.dumps(found))
 """
-    env = environment(scratch, VLLM_ENABLE_V1_MULTIPROCESSING="0", MQA_SM90="require", VLLM_DEEP_GEMM_WARMUP="skip")
+    env = environment_of(scratch, "require") | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     env["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"  # the last line of the output is ours
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first[0] == second[0] and len(set(first[0])) > 1
     assert first[1] and second[1] and first[2] == second[2] and second[3] > first[3] > 0
+
+
+def prefilled(prefills: Server, decodes: Server, length: int) -> list[int]:
+    """40 tokens of one server after a prompt that the other one prefilled."""
+    first = completion(prompt(length), 1) | {"kv_transfer_params": {"do_remote_decode": True}}
+    params = prefills.post("/v1/completions", first)["kv_transfer_params"]
+    body = completion(prompt(length), 40) | {"kv_transfer_params": params}
+    return decodes.post("/v1/completions", body)["choices"][0]["token_ids"]
 
 
 @pytest.mark.skipif(find_spec("nixl") is None, reason="needs nixl, which vLLM does not bring")
@@ -151,18 +159,11 @@ def test_prefills_come_from_another_server(scratch: Path, monkeypatch: pytest.Mo
                 running = start(scratch, f"{side}-{role}", "model", mode, "--enforce-eager", *ARGUMENTS, *transfer, *worker)
                 pair.append(stack.enter_context(running))
             wait_ready(pair, START_SECONDS)
-            prefills, decodes = pair
+            decodes = pair[1]
             if mode == "require":
                 call(decodes, "mqa_sm90_start_comparing")
-
-            def ask(length: int, prefills: Server = prefills, decodes: Server = decodes) -> list[int]:
-                first = completion(prompt(length), 1) | {"kv_transfer_params": {"do_remote_decode": True}}
-                params = prefills.post("/v1/completions", first)["kv_transfer_params"]
-                body = completion(prompt(length), 40) | {"kv_transfer_params": params}
-                return decodes.post("/v1/completions", body)["choices"][0]["token_ids"]
-
-            answers[side] = [ask(length) for length in (200, 700, 1500, 1990)]
-            assert len(ask(6000)) == 40
+            answers[side] = [prefilled(*pair, length) for length in (200, 700, 1500, 1990)]
+            assert len(prefilled(*pair, 6000)) == 40
             assert metrics.total(decodes.get("/metrics"), "vllm:external_prefix_cache_hits") > 9000
             if mode == "require":
                 assert compared(decodes) > 100
