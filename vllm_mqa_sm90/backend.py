@@ -265,16 +265,16 @@ def make_backend() -> type:
             vLLM may replay a CUDA graph that was captured for more rows (drafts of varying number, from 0.29 on), or
             for a uniform step that has no token now (an empty micro-batch, from 0.30 on).
             """
-            options = {"padded": True, "k": wrappers.steps.selection.left_out}
+            k = wrappers.steps.selection.left_out
             if self._ragged:
                 rows = ops.plan_shape(self.num_sms, len(context_lens))[0]
                 self.scheduler_metadata_buffer = plan = self._ragged_plans[:rows]
-                options |= {"query_start_loc": self._query_start_loc, "max_rows": self._max_rows}
-                return ops.plan(context_lens.view(-1), **options, out=plan)
+                grouping = {"query_start_loc": self._query_start_loc, "max_rows": self._max_rows}
+                return ops.plan(context_lens.view(-1), padded=True, k=k, **grouping, out=plan)
             self.scheduler_metadata_buffer = plan = self._uniform_plan
             if context_lens.shape[1] == 0:  # requests without query tokens alone
                 context_lens = context_lens.view(0, 1)
-            return ops.plan(context_lens, **options, out=plan)
+            return ops.plan_anew(context_lens, plan, k)
 
     class MqaSm90IndexerBackend(stock_backend):
         """vLLM's backend with our builder. It keeps vLLM's name, by which vLLM picks warm-ups."""
