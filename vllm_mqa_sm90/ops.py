@@ -25,7 +25,7 @@ from vllm_mqa_sm90.sizes import (  # noqa: F401: others have some from here
 UNIFORM_PLAN_COLUMNS, RAGGED_PLAN_COLUMNS = 4, 8
 """What tells a uniform step's plan from a ragged one's on the host: `plan_columns` of csrc/shared/params.h."""
 
-_SHARES_PER_CTA = 5  # one, and kSparesPerCta of csrc/shared/params.h
+_SHARES_PER_CTA = 7  # one, and kSparesPerCta of csrc/shared/params.h
 _ROW_ALIGNMENT = 64  # columns: whole 256-byte blocks, so that rows of logits share no cache line
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -143,11 +143,11 @@ def plan(
     """Splits a step's tiles over CTAs; one plan serves every layer of the step.
 
     A tile is 64 tokens of one group; a group has ceil(max(lengths of its rows, 0) / 64) of them.
-    The tiles, in group order, are cut into shares of consecutive ones: an equal one for each CTA,
-    and, from 16 tiles a CTA on, the last eighth of the tiles in spare shares, for the CTAs that are
-    done first. On a GPU this is one small launch on the current stream, with no host synchronisation; CUDA
-    graphs may capture it, and all values may change between replays, which rows form groups too. On
-    CPU tensors the same code runs on the host.
+    The tiles, in group order, are cut into shares of consecutive ones: an equal one for each CTA, and, from 16
+    tiles a CTA on, an eighth of the tiles in spare shares, for the CTAs that are done first; from 128 on, where it
+    matters that an SM may be held by another kernel, seven eighths, in ever shorter ones. On a GPU this is one small
+    launch on the current stream, with no host synchronisation; CUDA graphs may capture it, and all values may
+    change between replays, which rows form groups too. On CPU tensors the same code runs on the host.
 
     Args:
         context_lens: int32; contiguous. Tokens each row may see; 0 or negative, whatever the value,
@@ -172,7 +172,7 @@ def plan(
 
     Returns:
         `out`, or a new tensor like it. Its memory is a line of entries of four int32. The first says
-        what the plan is: `{0, spare shares, T, 3 << 24 | k << 12 | no tile << 10 | padded << 9 | ragged << 8
+        what the plan is: `{0, spare shares, T, 4 << 24 | k << 12 | no tile << 10 | padded << 9 | ragged << 8
         | rows of a group}`, of a uniform step's groups next_n, of a ragged one's `max_rows`. Then come the CTAs' shares,
         then the spare ones: `{first row of the first group, first tile in it, number of tiles, that group's rows + 16 *
         request}`. A ragged plan goes on with the group table, an entry for each row of the step: `{first

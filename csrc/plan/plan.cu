@@ -97,7 +97,7 @@ plan_kernel(const StepRows step, int32_t* plan, int32_t num_ctas) {
 
   const Cut cut(total, num_ctas);
   if (!cut.fits()) __trap();
-  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, total, cut.spares);
+  if (threadIdx.x == 0) *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, total, cut.spares());
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
   for (int32_t i = threadIdx.x; i < share_entries(num_ctas) - 1; i += kPlanThreads) {
     Share share{0, 0, 0, 0};
@@ -174,7 +174,7 @@ bool plan_on_host(const StepRows& step, int32_t* plan, int32_t num_ctas) {
   }
   const Cut cut(total, num_ctas);
   if (!cut.fits()) return false;
-  *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, total, cut.spares);
+  *reinterpret_cast<PlanHeader*>(plan) = PlanHeader::of(step, total, cut.spares());
   auto* shares = reinterpret_cast<Share*>(plan) + 1;
   int32_t place = 0;  // of the share before
   int64_t place_start = 0;

@@ -12,7 +12,7 @@ constexpr int kScaleBytes = 4;     // one FP32 scale per cached token
 constexpr int kTileTokens = 64;    // tokens scored per step of the kernel: one wgmma M
 constexpr int kMaxGroupRows = 8;   // query rows that share a KV tile
 constexpr int kMaxTopK = 2048;     // logits of a row that may be selected
-constexpr int kSparesPerCta = 4;   // spare shares in the plan, at most, for each CTA
+constexpr int kSparesPerCta = 6;   // spare shares in the plan, at most, for each CTA
 
 // A plan is a line of entries of four int32 (shared/schedule.cuh): header, shares and, if the step is ragged, its
 // group table. The host, which cannot look into it, knows the kind of a plan by its columns, and by nothing

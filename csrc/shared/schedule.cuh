@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Who computes what. The tiles of a step, in group order, are one line. The plan cuts it into shares:
-// first one for each CTA, all of the same length, then spare ones, shorter, for the CTAs that are
-// done first. (SMs don't get equal parts of the memory's bandwidth.) A share is contiguous, so that
-// it reads a group's block table and queries once.
+// first one for each CTA, all of the same length, then spare ones, for the CTAs that are done first. (SMs don't get equal
+// parts of the memory's bandwidth, and another kernel may hold some.) A share is contiguous, so that it reads a group's
+// block table and queries once.
 //
 // The same code runs in the plan kernel, in the logits kernel and under a host compiler in tests.
 #pragma once
@@ -51,7 +51,7 @@ constexpr int64_t kMaxRequests = int64_t{1} << (32 - Share::kRowsBits);
 // The plan's first entry. The shares follow, in a ragged plan then the group table: for each row the group that
 // starts there, all 0 where none does.
 struct alignas(16) PlanHeader {
-  static constexpr uint32_t kVersion = 3;  // of the plan's layout; what was never planned has none
+  static constexpr uint32_t kVersion = 4;  // of the plan's layout; what was never planned has none
   // Bits of `kind`: rows of a group, these, k, the version.
   static constexpr uint32_t kRagged = 1 << 8, kPadded = 1 << 9, kEmpty = 1 << 10;
   static constexpr int kKBit = 12, kVersionBit = 24;
@@ -177,37 +177,52 @@ struct Parts {
   MQA_HOST_DEVICE int64_t start(int32_t i) const { return each * i + divide(int64_t{rest} * i, parts); }
 };
 
-// How a line of `total` tiles is cut.
+// How a line of `total` tiles is cut: own shares for the CTAs, then spare ones, an eighth of the line. A CTA whose SM another
+// kernel holds comes late, and does its own share alone: where that is long, so that a launch would take nearly twice its time,
+// own shares have but an eighth, too, and before the short spare shares long ones have a half and middling ones a quarter.
+// The later a share is handed out the shorter it is, so that all CTAs end together.
 struct Cut {
-  static constexpr int32_t kSparePart = 8;      // one tile in so many is in a spare share
-  static constexpr int32_t kSpareTiles = 4;     // of a spare share, at least
+  static constexpr int32_t kSpareTiles = 4;     // of a short share, at least
   static constexpr int32_t kTilesWorthIt = 16;  // of a CTA: with fewer there are no spare shares
+  static constexpr int32_t kManyTiles = 128;    // of a CTA: with fewer there are short ones alone, as each share takes time
 
-  int64_t spare_tiles;
-  int32_t num_ctas, spares;
-  int64_t own_tiles;  // in the CTAs' own shares, which come first
-  Parts own, spare;
+  int32_t short_shares, long_shares;  // and as many middling ones
+  int64_t eighth;                     // of the line; 0: there are no spare shares
+  int64_t own_tiles;
+  Parts own, long_ones, middling, short_ones;
 
   MQA_HOST_DEVICE Cut(int64_t total, int32_t ctas)
-      : spare_tiles(total >= int64_t{kTilesWorthIt} * ctas ? total / kSparePart : 0),
-        num_ctas(ctas),
-        spares(static_cast<int32_t>(least(spare_tiles / kSpareTiles, int64_t{kSparesPerCta} * ctas))),
-        own_tiles(spares > 0 ? total - spare_tiles : total),
+      : short_shares(total < int64_t{kTilesWorthIt} * ctas ? 0 : least(total / 8 / kSpareTiles, (kSparesPerCta - 2) * ctas)),
+        long_shares(total < int64_t{kManyTiles} * ctas ? 0 : ctas),
+        eighth(short_shares > 0 ? total / 8 : 0),
+        own_tiles(total - (long_shares > 0 ? 7 : 1) * eighth),
         own(own_tiles, ctas),
-        spare(total - own_tiles, spares > 0 ? spares : 1) {}
+        long_ones(4 * eighth, ctas),
+        middling(2 * eighth, ctas),
+        short_ones(eighth, short_shares > 0 ? short_shares : 1) {}
 
-  MQA_HOST_DEVICE int32_t shares() const { return num_ctas + spares; }
+  MQA_HOST_DEVICE int32_t spares() const { return 2 * long_shares + short_shares; }
+  MQA_HOST_DEVICE int32_t shares() const { return own.parts + spares(); }
 
-  // Whether the shares' tiles can be told in 31 bits: the spare ones have fewer than a CTA's own.
-  MQA_HOST_DEVICE bool fits() const { return own.each < std::numeric_limits<int32_t>::max(); }
+  // Whether the shares' tiles can be told in 31 bits.
+  MQA_HOST_DEVICE bool fits() const {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    return own.each < kMost && (long_shares == 0 || long_ones.each < kMost);
+  }
 
   // First tile of a share, on the line; shares() gives its end.
   MQA_HOST_DEVICE int64_t start(int32_t share) const {
-    return share < num_ctas ? own.start(share) : own_tiles + spare.start(share - num_ctas);
+    if (share < own.parts) return own.start(share);
+    share -= own.parts;
+    if (long_shares == 0) return own_tiles + short_ones.start(share);
+    if (share < long_shares) return own_tiles + long_ones.start(share);
+    share -= long_shares;
+    if (share < long_shares) return own_tiles + 4 * eighth + middling.start(share);
+    return own_tiles + 6 * eighth + short_ones.start(share - long_shares);
   }
 
  private:
-  MQA_HOST_DEVICE static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  MQA_HOST_DEVICE static int32_t least(int64_t a, int32_t b) { return a < b ? static_cast<int32_t>(a) : b; }
 };
 
 // Moves `place` on to the group that tile `tile` from its start on lies in, and counts `tile` from there.
