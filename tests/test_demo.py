@@ -227,7 +227,7 @@ tempfile.tempdir = {str(tmp_path)!r}
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *device: (9, 0)
 demo.vllm_serve = lambda model, port, *arguments: [sys.executable, {FAKE!r}, str(port)]
-demo._ask = lambda console, server, pool: (print("pid", server.pid, flush=True), print((server._log).read_text(), flush=True), __import__("time").sleep(600))
+demo._ask = lambda console, server, pool: (print("pid", server.pid, flush=True), print(server.log.read_text(), flush=True), __import__("time").sleep(600))
 sys.exit(cli.main(["demo", "--checkpoint", {str(tmp_path)!r}]))
 """
     running = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -252,7 +252,7 @@ def test_interrupt_does_not_wait_for_requests(tmp_path: Path, monkeypatch: pytes
 
     def ask(console: Console, running: Server, pool: ThreadPoolExecutor) -> None:
         waiting = pool.submit(running.get, "/slow")
-        while "slow" not in running._log.read_text():
+        while "slow" not in running.log.read_text():
             assert not waiting.done()
             time.sleep(0.05)
         raise KeyboardInterrupt

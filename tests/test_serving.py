@@ -77,9 +77,9 @@ def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, Server]]:
         yield running
 
 
-def complete(server: Server, prompts: Any, tokens: int) -> list[list[int]]:
-    """The greedy tokens after each prompt."""
-    return [choice["token_ids"] for choice in server.post("/v1/completions", completion(prompts, tokens))["choices"]]
+def complete(server: Server, prompts: Any, tokens: int, **options: Any) -> list[list[int]]:
+    """The greedy tokens after each prompt; `options`: more of the request's body."""
+    return [choice["token_ids"] for choice in server.post("/v1/completions", completion(prompts, tokens) | options)["choices"]]
 
 
 def prompt(length: int) -> list[int]:
@@ -179,6 +179,10 @@ def test_agreement_notices() -> None:
     same.add(theirs, theirs)
     same.add(theirs[:10], theirs[:10])
     assert same == Agreement(rows=2, difference=0.0, gap=0.0)
+
+    few = Agreement()
+    few.add(torch.tensor([1e-9, 0.0]), torch.tensor([-1e-9, 0.0]), torch.tensor([3.0, 4.0]))
+    assert few == Agreement(rows=1, difference=pytest.approx(4e-10))
 
     tie = Agreement()
     theirs[next_one] = theirs[last]

@@ -127,7 +127,7 @@ class Process:
     """
 
     def __init__(self, process: Any, log: Path, *, grace: float = 30.0):
-        self._process, self._log, self._grace = process, log, grace
+        self._process, self.log, self._grace = process, log, grace
 
     def __enter__(self: _Self) -> _Self:  # typing.Self is of Python 3.11
         return self
@@ -181,8 +181,8 @@ class Process:
         return re.sub(r"^(INFO|WARNING|ERROR) [\d-]+ [\d:]+ ", r"\1 ", line).rstrip()
 
     def _lines(self, last_bytes: int) -> list[str]:
-        with self._log.open("rb") as log:
-            log.seek(max(0, self._log.stat().st_size - last_bytes))
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - last_bytes))
             text = log.read().decode(errors="replace")
         # Progress bars rewrite their line; only what they last said counts.
         lines = (self._tidy(line.rstrip("\r").rsplit("\r", 1)[-1]) for line in text.split("\n"))
@@ -210,7 +210,7 @@ class Process:
         if cause and not any(line.endswith(cause[0]) for line in tail):
             parts = [("the first error in the log is", cause), ("and it ends with", tail)]
         details = "\n".join("\n  ".join([title, *lines]) for title, lines in parts)
-        return ServerError(f"{what}; its log is {self._log}", self._log, details)
+        return ServerError(f"{what}; its log is {self.log}", self.log, details)
 
 
 class Server(Process):
