@@ -114,6 +114,7 @@ _V32, _V4, _V41, _KPOOL = CACHES
 _DCP = "decode context parallelism"
 _NO_MODEL = "vLLM has no such model"
 _KPOOL_BEFORE = "no such model, or its op takes DeepGEMM another way"
+_ON_H200 = Served((0, 33), "H200", "2026-11-28")
 
 TABLE = (
     Mode(_V32, "DeepSeek-V3.2", "0 to 7 drafts", (
@@ -122,19 +123,20 @@ TABLE = (
     Mode(_V32, "GLM-5.2", "0 to 7 drafts", (
         Served((0, 26), "H200", "2026-11-27"), Served((0, 33), "H100, H200", "2026-11-27"),
     )),
-    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", "8 drafts or more"),
-    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", _DCP, stock="FlashMLA's sparse attention cannot"),
+    Mode(_V32, "DeepSeek-V3.2", "8 drafts or more", (_ON_H200,)),
+    Mode(_V32, "GLM-5.2", "8 drafts or more"),
+    Mode(_V32, "DeepSeek-V3.2, GLM-5.2", _DCP, (_ON_H200,), stock="FlashMLA's sparse attention cannot"),
     # Its configuration's default of 16 heads would fail in vLLM's prefill; the released model has 32.
-    Mode(_V32, "Hy4", "any number of drafts", first=(0, 29), stock=_NO_MODEL),
+    Mode(_V32, "Hy4", "any number of drafts", (_ON_H200,), first=(0, 29), stock=_NO_MODEL),
     Mode(_V32, "dots3-note", "any number of drafts", first=(0, 28), stock=_NO_MODEL),
-    Mode(_V4, "DeepSeek-V4", "0 to 7 drafts", (Served((0, 33), "H100", "2026-11-25"),)),
+    Mode(_V4, "DeepSeek-V4", "0 to 7 drafts", (Served((0, 33), "H100", "2026-11-25"), _ON_H200)),
     Mode(_V4, "DeepSeek-V4", "8 drafts or more"),
-    Mode(_V4, "DeepSeek-V4", "adaptive verification of drafts", (Served((0, 33), "H100", "2026-11-25"),),
+    Mode(_V4, "DeepSeek-V4", "adaptive verification of drafts", (Served((0, 33), "H100", "2026-11-25"), _ON_H200),
          first=(0, 29), stock="vLLM's indexer refuses it on Hopper"),
     Mode(_V4, "DeepSeek-V4", _DCP, stock="vLLM refuses it"),
-    Mode(_V41, "DeepSeek-V4.1", "any number of drafts", stock=_NO_MODEL),
+    Mode(_V41, "DeepSeek-V4.1", "any number of drafts", (_ON_H200,), stock=_NO_MODEL),
     Mode(_V41, "DeepSeek-V4.1", _DCP, stock="not proven"),
-    Mode(_KPOOL, "GLM-5.3", "any number of drafts", stock=_KPOOL_BEFORE),
+    Mode(_KPOOL, "GLM-5.3", "any number of drafts", (_ON_H200,), stock=_KPOOL_BEFORE),
     Mode(_KPOOL, "GLM-5.3", _DCP, stock=_KPOOL_BEFORE),
     Mode("", "any", "prefill context parallelism", stock="not proven"),
     Mode("", "any", "FP4 caches", stock="another format"),
