@@ -399,6 +399,24 @@ def test_who_drafts(world: World, words: list[str], method: str) -> None:
     assert serve_run.server_arguments(1, report) == ["--speculative-config", drafts]
 
 
+def test_both_sides_in_turn(world: World) -> None:
+    status, content = world.run("-k", "0,1", "--quick", "--alternate")
+    assert status == 0 and len(content["measurements"]) == 4
+    started = world.started()
+    for k in 0, 1:
+        servers, clients = started[8 * k : 8 * k + 2], started[8 * k + 2 : 8 * k + 8]
+        assert sorted(servers) == [f"serve off k={k}", f"serve require k={k}"]  # they start at once
+        assert clients == [f"bench {mode} k={k} 4x1024 n=4" for mode in ("require", "off", "off", "require", "require", "off")]
+
+
+@pytest.mark.parametrize("trouble", ["start: serve off", "kill: bench off"])
+def test_one_of_both_sides_fails(world: World, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    monkeypatch.setenv("FAKE_TROUBLE", trouble)
+    status, content = world.run("-k", "0", "--quick", "--alternate")
+    assert status == 1 and "stock k=0" in content["failures"]
+    assert [(each["side"], len(each["runs"])) for each in content["measurements"]] == [("plugin", 3)]
+
+
 def test_contexts_that_nobody_prefills(world: World) -> None:
     status, content = world.run("--side", "stock", "-k", "0", "--quick", "--skip-prefill", "--", "--max-num-seqs", "8")
     assert status == 0

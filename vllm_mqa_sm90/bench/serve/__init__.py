@@ -63,6 +63,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--profile", action="store_true", help=profile)
     skip = "contexts are random index keys that nobody prefills (of :cached workloads): for times, as tokens mean nothing"
     parser.add_argument("--skip-prefill", action="store_true", help=skip)
+    alternate = "start both sides of a k at once, and ask them in turn; both have to fit: give -- --kv-cache-memory-bytes"
+    parser.add_argument("--alternate", action="store_true", help=alternate)
     parser.add_argument("--fresh", action="store_true", help="measure again what --output has")
     folder, written = Path("bench-serve"), "for results, logs, caches, serve.json and plots (default: %(default)s)"
     parser.add_argument("--output", type=output.directory, default=folder, metavar="DIR", help=written)
@@ -144,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     stopping.by_exception()
     try:
-        Run(report, args.output, args.timeout).do(jobs, fresh=args.fresh)
+        Run(report, args.output, args.timeout).do(jobs, fresh=args.fresh, alternate=args.alternate)
     except KeyboardInterrupt:
         kept = f"{args.output} keeps what was measured: the same command goes on"
         return output.stop("serve", f"interrupted, the server is stopped; {kept}", status=130)

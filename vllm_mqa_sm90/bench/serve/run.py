@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of `bench serve`: a server for each configuration, a run of vLLM's client for each workload."""
+"""The runs of `bench serve`: a server for each configuration, runs of vLLM's client for each workload."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.serve import clients, trace
 from vllm_mqa_sm90.bench.serve.report import PLUGIN, Job, Measurement, Profiled, Report, stem
 from vllm_mqa_sm90.bench.serve.trace import Profile
+from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.server import Server, ServerError, speculative_config
 
 # What decides how the plugin's steps run; the rest of the package measures and reports.
@@ -59,9 +61,10 @@ class Run:
         for each in self._logs, folder / "results":
             each.mkdir(exist_ok=True)
 
-    def do(self, jobs: Sequence[Job], *, fresh: bool) -> None:
+    def do(self, jobs: Sequence[Job], *, fresh: bool, alternate: bool = False) -> None:
         """Finds out what the jobs ask for. Unless `fresh`, results of earlier runs count.
 
+        alternate: both sides' servers of a k are up at once, and asked in turn.
         What fails is in the report's `failures`, by job or server.
         """
         self._fresh = fresh
@@ -72,11 +75,11 @@ class Run:
             if there := len(jobs) - len(missing):
                 text = f"{there} of {len(jobs)} results are in {self._folder}; --fresh measures them again"
                 self._progress.say(text, steps=there)
-            for name in dict.fromkeys(job.server for job in missing):
-                try:
-                    self._serve([job for job in missing if job.server == name])
-                except ServerError as error:
-                    self._fail(name, error)
+            at_once: dict[Any, list[Job]] = {}
+            for job in missing:
+                at_once.setdefault(job.k if alternate else job.server, []).append(job)
+            for of_servers in at_once.values():
+                self._serve(of_servers)
 
     def _files(self, job: Job) -> list[Path]:
         """Where a job's results are kept, one of each run: a name has a hash of all that the result depends on."""
@@ -95,40 +98,72 @@ class Run:
         return Measurement.of(job, contents)
 
     def _serve(self, jobs: Sequence[Job]) -> None:
-        """One server and what is asked of it. ServerError if it does not start, or dies."""
-        first, port = jobs[0], server.free_port()
-        env = self._environment(first.side)
-        arguments = server_arguments(first.k, self._report)
-        if any(job.profiled for job in jobs):
-            arguments += profiler_arguments(self._traces(first), delay=_STEPS_BEFORE_PROFILE)
-        command = server.vllm_serve(Path(self._report.model), port, *arguments)
-        with Server(command, port, self._logs / f"{stem(first.server)}.log", env) as running:
-            took = running.wait_ready(
-                self._timeout,
-                lambda seconds, line: self._progress.show(f"{first.server}: vllm serve starts, {seconds:.0f} s", line),
-            )
-            self._progress.say(f"{first.server}: server ready after {took:.0f} s")
-            cached = None  # the workload whose prompts the server had last
-            for job in jobs:
-                try:
-                    # Cached prompts have to be in the cache, and what runs where they are found there to be compiled.
-                    for _ in range(0 if job.workload == cached else 2 if job.workload.cached else 1):
-                        self._ask(job, running, env, rehearsal=True)
-                    cached = job.workload
-                    for file in self._files(job):
-                        if self._fresh or not file.exists():
-                            find_out = self._profile if job.profiled else self._ask
-                            found = find_out(job, running, env)
-                            partial = file.with_suffix(".partial")
-                            partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-                            partial.replace(file)  # whole or, when killed meanwhile, not at all
-                except Exception as error:  # whatever it is, the others are still worth measuring
-                    self._fail(str(job), error)
-                    running.get("/health")  # a server that died is not asked again
-                    continue
-                self._results[job] = self._load(job)
-                self._write()
-                self._progress.say(f"{job}: {self._results[job]}", steps=1)
+        """The jobs' servers, at once, and what is asked of them, in turn: what drifts meanwhile is the same for all."""
+        with contextlib.ExitStack() as stack:
+            running = self._started(jobs, stack)
+            cached: dict[str, Workload] = {}  # whose prompts a server had last
+            for alike in dict.fromkeys((job.workload, job.profiled) for job in jobs):
+                left = [job for job in jobs if (job.workload, job.profiled) == alike]
+                for run in range(-1, len(self._files(left[0]))):  # first a rehearsal
+                    for job in left[:: -1 if run % 2 == 0 else 1]:
+                        if job.server not in running:
+                            continue
+                        try:
+                            if run >= 0:
+                                self._find_out(job, self._files(job)[run], running[job.server])
+                            elif cached.get(job.server) != job.workload:
+                                self._rehearse(job, running[job.server])
+                                cached[job.server] = job.workload
+                        except Exception as error:  # whatever it is, the others are still worth measuring
+                            left.remove(job)
+                            self._fail(str(job), error)
+                            with self._dropped_if_dead(job.server, running):
+                                running[job.server].get("/health")
+                for job in left:
+                    if job.server in running:
+                        self._results[job] = self._load(job)
+                        self._write()
+                        self._progress.say(f"{job}: {self._results[job]}", steps=1)
+
+    def _started(self, jobs: Sequence[Job], stack: contextlib.ExitStack) -> dict[str, Server]:
+        """The jobs' servers that start, by name, until the stack is left."""
+        running = {}
+        for job in {job.server: job for job in jobs}.values():
+            port, arguments = server.free_port(), server_arguments(job.k, self._report)
+            if any(each.profiled for each in jobs):
+                arguments += profiler_arguments(self._traces(job), delay=_STEPS_BEFORE_PROFILE)
+            command = server.vllm_serve(Path(self._report.model), port, *arguments)
+            started = Server(command, port, self._logs / f"{stem(job.server)}.log", self._environment(job.side))
+            running[job.server] = stack.enter_context(started)
+        for name in list(running):
+            with self._dropped_if_dead(name, running):
+                took = running[name].wait_ready(
+                    self._timeout, lambda seconds, line: self._progress.show(f"{name}: vllm serve starts, {seconds:.0f} s", line)
+                )
+                self._progress.say(f"{name}: server ready after {took:.0f} s")
+        return running
+
+    @contextlib.contextmanager
+    def _dropped_if_dead(self, name: str, running: dict[str, Server]) -> Iterator[None]:
+        """A server that does not start, or died, is not asked again."""
+        try:
+            yield
+        except ServerError as error:
+            del running[name]
+            self._fail(name, error)
+
+    def _rehearse(self, job: Job, running: Server) -> None:
+        # Cached prompts have to be in the cache, and what runs where they are found there to be compiled.
+        for _ in range(2 if job.workload.cached else 1):
+            self._ask(job, running, rehearsal=True)
+
+    def _find_out(self, job: Job, file: Path, running: Server) -> None:
+        """Keeps what is found in the file; where there is one, nothing is asked."""
+        if self._fresh or not file.exists():
+            found = self._profile(job, running) if job.profiled else self._ask(job, running)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+            partial.replace(file)  # whole or, when killed meanwhile, not at all
 
     def _environment(self, side: str) -> dict[str, str]:
         # Each side has caches of its own: what one compiled cannot reach the other.
@@ -139,7 +174,7 @@ class Run:
             env["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "0")
         return env
 
-    def _profile(self, job: Job, running: Server, env: Mapping[str, str]) -> dict[str, Any]:
+    def _profile(self, job: Job, running: Server) -> dict[str, Any]:
         folder, count = self._traces(job), job.workload.concurrency
         earlier, started = set(folder.iterdir()), False
 
@@ -150,7 +185,7 @@ class Run:
                 running.command("/start_profile")
                 started = True
 
-        self._ask(job, running, env, meanwhile=start_when_all_run)
+        self._ask(job, running, meanwhile=start_when_all_run)
         if not started:
             raise ServerError(f"the profiler: expected {count} requests under way at once, found fewer; see --max-num-seqs")
         running.command("/stop_profile")
@@ -169,7 +204,6 @@ class Run:
         self,
         job: Job,
         running: Server,
-        env: Mapping[str, str],
         *,
         rehearsal: bool = False,
         meanwhile: Callable[[], None] = lambda: None,
@@ -191,7 +225,8 @@ class Run:
             self._progress.show(what, line)
             meanwhile()
 
-        with clients.start(bench_arguments(self._report.model, running.port, arguments), log, env) as client:
+        command = bench_arguments(self._report.model, running.port, arguments)
+        with clients.start(command, log, self._environment(job.side)) as client:
             client.wait_done(self._timeout, watch)
         result = json.loads(found.read_text())
         if result["completed"] != result["num_prompts"]:
