@@ -48,4 +48,4 @@ def fill(cache: torch.Tensor, pages: Sequence[int]) -> None:
     tokens = cache[0].numel() // TOKEN_BYTES
     keys = torch.randn(len(pages), tokens * HEAD_DIM, device=device).to(torch.float8_e4m3fn).view(torch.uint8)
     scales = torch.rand(len(pages), tokens, device=device).add_(0.5).view(torch.uint8)
-    cache[torch.tensor(pages, device=device)] = torch.cat([keys, scales], dim=1).view(shape)
+    cache[torch.tensor(pages, dtype=torch.int64, device=device)] = torch.cat([keys, scales], dim=1).view(shape)
