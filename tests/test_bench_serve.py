@@ -399,6 +399,14 @@ def test_who_drafts(world: World, words: list[str], method: str) -> None:
     assert serve_run.server_arguments(1, report) == ["--speculative-config", drafts]
 
 
+def test_length_of_answers(world: World) -> None:
+    """The same workload with other answers is measured anew."""
+    for tokens in "100", "200":
+        world.run("--side", "stock", "-k", "0", "--quick", "--tokens", tokens)
+    found = re.findall(r"bench off k=0 4x1024 n=4 .*tokens=(\d+)", world.log.read_text())
+    assert found == [*["64"] * 2, *["100"] * 3, *["64"] * 2, *["200"] * 3]
+
+
 def test_both_sides_in_turn(world: World) -> None:
     status, content = world.run("-k", "0,1", "--quick", "--alternate")
     assert status == 0 and len(content["measurements"]) == 4
@@ -732,6 +740,7 @@ def test_what_cannot_be_measured_is_refused_at_once(
         (["--workload", "8192"], "expected CONCURRENCYxCONTEXT"),
         (["--quick", "--workload", "1x1"], "not allowed with argument"),
         (["stray"], "unrecognized arguments: stray"),
+        (["--tokens", "1"], "argument --tokens: expected a number from 2 on, given '1'"),
         (["--timeout", "0"], "argument --timeout: expected a number of seconds above 0, given '0'"),
         (["--timeout", "-3"], "expected a number of seconds above 0, given '-3'"),
         (["--timeout", "nan"], "expected a number of seconds above 0, given 'nan'"),

@@ -8,6 +8,7 @@ What is measured is kept under --output, and not measured again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import re
 from collections.abc import Iterable, Sequence
@@ -63,6 +64,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--profile", action="store_true", help=profile)
     skip = "contexts are random index keys that nobody prefills (of :cached workloads): for times, as tokens mean nothing"
     parser.add_argument("--skip-prefill", action="store_true", help=skip)
+    tokens = "tokens of each answer to a :cached prompt (default: %(default)d)"
+    parser.add_argument("--tokens", type=_count, default=workloads.DECODE_TOKENS, metavar="N", help=tokens)
     alternate = "start both sides of a k at once, and ask them in turn; both have to fit: give -- --kv-cache-memory-bytes"
     parser.add_argument("--alternate", action="store_true", help=alternate)
     parser.add_argument("--fresh", action="store_true", help="measure again what --output has")
@@ -95,6 +98,12 @@ def _ks(text: str) -> list[int]:
     return sorted(set(map(int, ks)))
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a number from 2 on, given {text!r}")
+    return int(text)
+
+
 def _rates(text: str) -> list[float]:
     try:
         rates = list(map(float, text.split(",")))
@@ -107,7 +116,8 @@ def _rates(text: str) -> list[float]:
 
 def _run(args: argparse.Namespace) -> int:
     """0: all measured; 1: not measurable here, or something failed; 2: wrong usage; 130: interrupted."""
-    chosen = list(dict.fromkeys(args.workload or (workloads.QUICK if args.quick else workloads.DEFAULT)))
+    asked = args.workload or (workloads.QUICK if args.quick else workloads.DEFAULT)
+    chosen = [dataclasses.replace(workload, decode_tokens=args.tokens) for workload in dict.fromkeys(asked)]
     acceptance = args.acceptance
     if acceptance is None and checkpoint.has_random_weights(args.model):
         acceptance = checkpoint.ACCEPTANCE_RATES

@@ -21,7 +21,7 @@ _SHORT_PROMPTS = tuple(
     for question in ("In one sentence, what is", "Where would I find", "What should a child know about")
 )
 # Of an answer: to a short question; else; where decoding is what is measured, and requests that come and go are not.
-_SHORT_TOKENS, _LONG_TOKENS, _DECODE_TOKENS = 64, 512, 2048
+_SHORT_TOKENS, _LONG_TOKENS, DECODE_TOKENS = 64, 512, 2048
 
 _CONNECTOR = {"kv_connector": "RandomContexts", "kv_connector_module_path": "vllm_mqa_sm90.bench.serve.contexts"}
 # Of a server whose contexts nobody prefills.
@@ -36,11 +36,13 @@ class Workload:
         concurrency: requests under way at once.
         content: `SHORT` questions, `HUMANEVAL` prompts, or the tokens of each random prompt.
         cached: each prompt was sent before, so that the prefix cache leaves little but decoding.
+        decode_tokens: of an answer to a cached prompt.
     """
 
     concurrency: int
     content: str | int
     cached: bool = False
+    decode_tokens: int = DECODE_TOKENS
 
     @classmethod
     def parse(cls, text: str) -> Workload:
@@ -73,7 +75,7 @@ class Workload:
     @property
     def output_tokens(self) -> int:
         """Tokens of an answer; at most, where the model may end it."""
-        return _SHORT_TOKENS if self.content == SHORT else _DECODE_TOKENS if self.cached else _LONG_TOKENS
+        return _SHORT_TOKENS if self.content == SHORT else self.decode_tokens if self.cached else _LONG_TOKENS
 
     @property
     def requests(self) -> int:
