@@ -128,8 +128,8 @@ def comparison(server: Server) -> dict[str, Any]:
 def agreeing(text: str) -> dict[str, Any]:
     """What a worker found: nothing but DeepGEMM's logits, and of these, where ours selects, torch.topk's."""
     found = json.loads(text)
-    for rows in found["agreements"].values():
-        assert rows["difference"] <= TOLERANCE and rows["gap"] <= TOLERANCE
+    for kind, rows in found["agreements"].items():
+        assert rows["difference"] <= TOLERANCE and rows["gap"] <= TOLERANCE, kind
     for rows in found["selections"].values():
         assert rows["different"] == rows["stock"] == 0
     return found
