@@ -106,24 +106,29 @@ class Run:
                 left = [job for job in jobs if (job.workload, job.profiled) == alike]
                 for run in range(-1, len(self._files(left[0]))):  # first a rehearsal
                     for job in left[:: -1 if run % 2 == 0 else 1]:
-                        if job.server not in running:
-                            continue
-                        try:
-                            if run >= 0:
-                                self._find_out(job, self._files(job)[run], running[job.server])
-                            elif cached.get(job.server) != job.workload:
-                                self._rehearse(job, running[job.server])
-                                cached[job.server] = job.workload
-                        except Exception as error:  # whatever it is, the others are still worth measuring
+                        if job.server in running and not self._take_turn(job, run, running, cached):
                             left.remove(job)
-                            self._fail(str(job), error)
-                            with self._dropped_if_dead(job.server, running):
-                                running[job.server].get("/health")
                 for job in left:
                     if job.server in running:
                         self._results[job] = self._load(job)
                         self._write()
                         self._progress.say(f"{job}: {self._results[job]}", steps=1)
+
+    def _take_turn(self, job: Job, run: int, running: dict[str, Server], cached: dict[str, Workload]) -> bool:
+        """A run of a job, -1 to rehearse it; whether there may be another."""
+        name = job.server
+        try:
+            if run >= 0:
+                self._find_out(job, self._files(job)[run], running[name])
+            elif cached.get(name) != job.workload:
+                self._rehearse(job, running[name])
+                cached[name] = job.workload
+        except Exception as error:  # whatever it is, the others are still worth measuring
+            self._fail(str(job), error)
+            with self._dropped_if_dead(name, running):
+                running[name].get("/health")
+            return False
+        return True
 
     def _started(self, jobs: Sequence[Job], stack: contextlib.ExitStack) -> dict[str, Server]:
         """The jobs' servers that start, by name, until the stack is left."""
