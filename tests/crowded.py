@@ -127,10 +127,10 @@ class Holder:
 
 
 class Replayed:
-    """A CUDA graph of calls."""
+    """A CUDA graph of calls, whose tensors it keeps."""
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        self._stream, self._calls, self._graph = torch.cuda.Stream(), len(calls), torch.cuda.CUDAGraph()
+        self._stream, self._calls, self._graph = torch.cuda.Stream(), calls, torch.cuda.CUDAGraph()
         self._ends = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
         torch.cuda.synchronize()
         with torch.cuda.stream(self._stream):
@@ -150,7 +150,7 @@ class Replayed:
                 self._graph.replay()
                 end.record()
         self._stream.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in pairwise(self._ends)) * 1e3 / self._calls
+        return statistics.median(start.elapsed_time(end) for start, end in pairwise(self._ends)) * 1e3 / len(self._calls)
 
 
 def kernels(shape: str, next_n: int) -> dict[str, tuple[Replayed, torch.Tensor]]:

@@ -4,11 +4,12 @@
 The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, or not at all,
 on each of two engines. It runs as many requests at once as its client says, or --max-num-seqs lets it.
 With a profiler its clients take a while.
-The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require.
+The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require; its requests begin one second after the other, and
+a step takes 13 ms until all run, then 12.
 
 Environment: FAKE_LOG, a file that gets a line for each process; FAKE_TROUBLE, "WHAT: PATTERN" makes what has
 PATTERN in its line fail to start (`start`), fail (`fail`), leave a request out (`lose`), hang (`hang`), take the
-server with it (`kill`), or write no trace (`untraced`).
+server with it (`kill`), answer one request after the other (`one`), or write no trace (`untraced`).
 """
 
 import argparse
@@ -165,11 +166,18 @@ def bench(words: list[str]) -> None:
     if call("/profiler") != "None":
         time.sleep(0.6)
     call("/requests", {"requests": 0, "running": 0})
+    apart = 100.0 if trouble("one", line) else 1.0
+    alone = [round((args.max_concurrency - 1 - i) * 1000 / 13) for i in range(args.max_concurrency)] * args.num_prompts
+    starts = [100.0 * (i // args.max_concurrency) + apart * (i % args.max_concurrency) for i in range(args.num_prompts)]
     result = {
+        "start_times": starts,
+        "ttfts": [0.02] * args.num_prompts,
+        "itls": [[0.013] * alone[i] + [0.012] * 20 for i in range(args.num_prompts)],
+        "generated_texts": ["a" * 100] * args.num_prompts,
         "num_prompts": args.num_prompts,
         "completed": args.num_prompts - trouble("lose", line),
         "median_ttft_ms": 20.0,
-        "median_itl_ms": 12.0,
+        "median_itl_ms": 13.0,
         "median_tpot_ms": 5.0,
         "output_throughput": 100.0 * (k + 1) + 10 * (os.environ["MQA_SM90"] == "require"),
     }

@@ -4,6 +4,7 @@
 import io
 import json
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from vllm_mqa_sm90.bench.serve.report import (
     profile_table,
     table,
 )
+from vllm_mqa_sm90.bench.serve.steps import full_steps_ms
 from vllm_mqa_sm90.bench.serve.trace import FAMILIES, Profile
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 
@@ -31,9 +33,9 @@ GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
 
 
 def measured(side: str, k: int, tokens_per_s: float, workload: str = "4x1024:cached") -> Measurement:
-    times = 123.4, 12.34, 5.678
-    accepted = 0.7 if k else None, [0.8, 0.6][:k]
-    return Measurement(side, k, workload, *times, tokens_per_s, *accepted, {}, [tokens_per_s])
+    rates = [0.8, 0.6][:k]
+    itl_ms = 2360 * (1 + sum(rates)) / tokens_per_s  # by both one server is as fast over another
+    return Measurement(side, k, workload, 123.4, itl_ms, 5.678, tokens_per_s, 0.7 if k else None, rates, {}, [itl_ms])
 
 
 def profiled(side: str, k: int) -> Profiled:
@@ -61,8 +63,21 @@ def test_ratios(report: Report, tmp_path: Path) -> None:
     report.write(tmp_path / "serve.json")
     entries = json.loads((tmp_path / "serve.json").read_text())["measurements"]
     assert [(each["over_no_mtp"], each["over_stock"]) for each in entries] == [
-        (1, 1), (1, 1.02), (459 / 204, 1.53), (1.5, 1), (1.55, 1), (None, None),
-    ]  # fmt: skip
+        pytest.approx(each) for each in ((1, 1), (1, 1.02), (459 / 204, 1.53), (1.5, 1), (1.55, 1))
+    ] + [(None, None)]
+
+
+def test_cached_prompts_are_compared_by_decode_steps_others_by_tokens_a_second(report: Report) -> None:
+    report.measurements = [
+        Measurement(side, k, workload, 1.0, itl, 1.0, tokens_per_s, None, [0.5] * k, {}, [itl])
+        for workload in ("4x1024:cached", "4x1024")
+        for side, k, itl, tokens_per_s in (("stock", 0, 10.0, 100.0), ("stock", 1, 12.0, 120.0), ("plugin", 1, 8.0, 130.0))
+    ]
+    report.measurements[2].accepted_at = [0.25]  # with the same k it is chance
+    _, _, cached, _, _, new = report.measurements
+    assert report.over(cached, "stock", 1) == 1.5 and report.over(cached, "stock", 0) == pytest.approx(1.25 * 10 / 8)
+    assert report.over(new, "stock", 1) == pytest.approx(13 / 12) and report.over(new, "stock", 0) == 1.3
+    assert report.over(cached, "plugin", 0) is None
 
 
 @pytest.fixture
@@ -110,13 +125,13 @@ def test_without_stock_or_with_a_gap_the_best_k_has_no_ratio(many: Report) -> No
 def test_table(report: Report) -> None:
     lines = [" ".join(line.split()) for line in shown(report).splitlines()]
     assert lines[3:8] == [
-        "4x1024:cached stock k=0 123 12.34 5.68 200 - - 1.00 1.00",
-        "plugin k=0 123 12.34 5.68 204 - - 1.00 1.02",
-        "stock k=1 123 12.34 5.68 310 70.0 80 1.55 1.00",
-        "stock k=2 123 12.34 5.68 300 70.0 80 60 1.50 1.00",
+        "4x1024:cached stock k=0 123 11.80 5.68 200 - - 1.00 1.00",
+        "plugin k=0 123 11.57 5.68 204 - - 1.00 1.02",
+        "stock k=1 123 13.70 5.68 310 70.0 80 1.55 1.00",
+        "stock k=2 123 18.88 5.68 300 70.0 80 60 1.50 1.00",
         "plugin k=2 123 12.34 5.68 459 70.0 80 60 2.25 1.53",
     ]
-    assert lines[9] == "1xshort plugin k=2 123 12.34 5.68 50 70.0 80 60 - -"
+    assert lines[9] == "1xshort plugin k=2 123 113.28 5.68 50 70.0 80 60 - -"
 
 
 def test_longest_table_is_as_wide_as_a_terminal(report: Report) -> None:
@@ -145,20 +160,34 @@ def test_notes_and_conditions_say_what_the_figures_are(report: Report) -> None:
     synthetic = "acceptance is NOT the model's: vLLM's synthetic one, set to 0.813, 0.63"
     assert report.conditions == f"model with --x 1; {synthetic}"
     assert notes(report) == ["plugin k=1 failed: the server ended"]
-    report.measurements[1].runs, report.measurements[2].runs = [204.0, 203.0, 206.0], [447.5, 465.9, 459.0]
-    assert notes(report)[0] == "cached prompts: the middle of 3 runs, at most 4.0% apart (4x1024:cached, plugin k=2)"
+    for each, runs in zip(report.measurements[1:], ([12.1, 12.0, 12.2], [9.9, 10.3, 10.0]), strict=False):
+        each.runs, each.itl_ms = runs, statistics.median(runs)
+    widest = "at most 4.0% apart (4x1024:cached, plugin k=2)"
+    assert notes(report)[0] == f"cached prompts: the middle of 3 runs, whose ITL is {widest}"
     report.acceptance, report.gpus = None, [GPU, GPU]
     assert report.conditions == "model with --x 1; acceptance is that of the model's own drafts"
     assert report.setting.startswith("NVIDIA H100 (2 visible), driver ")
 
 
+def test_steps_in_which_all_requests_are_under_way() -> None:
+    begins, gaps = [0.0, 2.0, 2.0], [[1.0] * 8, [0.5] * 4, [0.25] * 24]
+    client = {"start_times": begins, "ttfts": [1.0, 1.0, 0.5], "itls": gaps}  # from 1 to 9, 3 to 5 and 2.5 to 8.5
+    assert full_steps_ms(client, 3) == [1000] * 2 + [500] * 4 + [250] * 8
+    assert full_steps_ms(client, 2) == [1000] * 5 + [500] * 4 + [250] * 24
+    assert full_steps_ms(client, 1) == [1000] * 8 + [500] * 4 + [250] * 24
+    assert full_steps_ms(client, 4) == []
+    # One after the other, at the same moment too, and one that has a single token.
+    assert full_steps_ms({"start_times": [0.0, 2.0, 3.0], "ttfts": [1.0, 0.0, 0.0], "itls": [[1.0], [1.0], []]}, 1) == [1000] * 2
+    assert full_steps_ms({"start_times": [0.0, 2.0], "ttfts": [1.0, 0.0], "itls": [[1.0], [1.0]]}, 2) == []
+
+
 def test_middle_run() -> None:
-    times = {"median_ttft_ms": 3.0, "median_itl_ms": 2.0, "median_tpot_ms": 1.0}
-    runs = [{**times, "output_throughput": tokens_per_s} for tokens_per_s in (90.0, 70.0, 100.0)]
+    times = {"median_ttft_ms": 3.0, "median_tpot_ms": 1.0, "output_throughput": 90.0}
+    runs = [{**times, "itl_ms": itl_ms} for itl_ms in (2.0, 3.0, 1.0)]
     runs[0] |= {"spec_decode_acceptance_rate": 70.0, "spec_decode_per_position_acceptance_rates": [0.8, 0.6]}
     job = Job("stock", 2, Workload(4, 1024, cached=True))
     middle = Measurement.of(job, runs)
-    assert (middle.tokens_per_s, middle.runs) == (90, [90, 70, 100])
+    assert (middle.tokens_per_s, middle.runs) == (90, [2, 3, 1])
     assert (middle.ttft_ms, middle.itl_ms, middle.tpot_ms, middle.client) == (3, 2, 1, runs[0])
     assert (middle.side, middle.k, middle.workload) == ("stock", 2, "4x1024:cached")
     assert (middle.accepted, middle.accepted_at) == (0.7, [0.8, 0.6])

@@ -14,7 +14,7 @@ from rich.table import Table
 from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.output import figure
 from vllm_mqa_sm90.bench.serve.trace import Profile
-from vllm_mqa_sm90.bench.serve.workloads import Workload
+from vllm_mqa_sm90.bench.serve.workloads import RANDOM_CONTEXTS, Workload
 
 STOCK, PLUGIN = "stock", "plugin"
 SIDES = {STOCK: "stock vLLM", PLUGIN: "vllm-mqa-sm90"}
@@ -49,17 +49,18 @@ def stem(server: str) -> str:
 
 @dataclass
 class Measurement:
-    """One workload on one server: of several runs, the middle one by tokens a second.
+    """One workload on one server: of several runs, the middle one by ITL.
 
     Attributes:
         ttft_ms: median milliseconds to the first token.
-        itl_ms: median milliseconds from one message of a stream to the next: a decode step, of one or more tokens.
+        itl_ms: median milliseconds from one message of a stream to the next: a decode step, of one or more tokens; of
+            cached prompts, while all requests are under way.
         tpot_ms: median milliseconds for each token after the first.
         tokens_per_s: output tokens a second, of all requests together, prefill included.
         accepted: share of draft tokens that were accepted; None without drafts.
         accepted_at: share of drafts accepted at least up to each position.
         client: all that `vllm bench serve` wrote.
-        runs: tokens a second of each run.
+        runs: ITL of each run.
     """
 
     side: str
@@ -76,14 +77,14 @@ class Measurement:
 
     @classmethod
     def of(cls, job: Job, runs: Sequence[dict[str, Any]]) -> Measurement:
-        """From what `vllm bench serve` wrote in an odd number of runs of the same."""
-        client = sorted(runs, key=lambda run: run["output_throughput"])[len(runs) // 2]
-        figures = (client[f"median_{name}_ms"] for name in ("ttft", "itl", "tpot"))
+        """From an odd number of runs of the same: what `vllm bench serve` wrote, and `itl_ms`."""
+        client = sorted(runs, key=lambda run: run["itl_ms"])[len(runs) // 2]
+        figures = client["median_ttft_ms"], client["itl_ms"], client["median_tpot_ms"]
         percent = client.get("spec_decode_acceptance_rate")
         accepted = None if percent is None else percent / 100
         accepted_at = client.get("spec_decode_per_position_acceptance_rates", [])
-        speeds = [run["output_throughput"] for run in runs]
-        given = *figures, client["output_throughput"], accepted, accepted_at, client, speeds
+        itls = [run["itl_ms"] for run in runs]
+        given = *figures, client["output_throughput"], accepted, accepted_at, client, itls
         return cls(job.side, job.k, str(job.workload), *given)
 
     def __str__(self) -> str:
@@ -141,6 +142,11 @@ class Report:
     profiles: list[Profiled] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def skips_prefill(self) -> bool:
+        """Whether a connector of the servers says that contexts are there from the start."""
+        return set(RANDOM_CONTEXTS) <= set(self.vllm_arguments)
+
     def write(self, path: Path) -> None:
         """As JSON, each measurement with what follows from it, and the best k of each workload."""
         content = asdict(self)
@@ -160,9 +166,19 @@ class Report:
         return next(found, None)
 
     def over(self, each: Measurement, side: str, k: int) -> float | None:
-        """Tokens a second over those of another server for the same workload; None where these are missing."""
+        """How fast over another server for the same workload; None where its figures are missing.
+
+        By tokens a second; of cached prompts, for which there is nothing but decode steps, by what a request has of these,
+        and with the same k by their time alone, as acceptance is not the server's.
+        """
         other = self.measured(side, k, each.workload)
-        return each.tokens_per_s / other.tokens_per_s if other else None
+        if other is None:
+            return None
+        if not Workload.parse(each.workload).cached:
+            return each.tokens_per_s / other.tokens_per_s
+        if each.k == other.k:
+            return other.itl_ms / each.itl_ms
+        return each.request_tokens_per_s / other.request_tokens_per_s
 
     def best(self) -> list[tuple[Measurement, float | None]]:
         """For each workload and side what has the fastest k for a request, and how fast over stock's fastest."""
@@ -274,8 +290,8 @@ def notes(report: Report) -> list[str]:
     """How far apart the runs were, and the failures, a line each: the ends of the logs were shown when they came."""
     found = []
     if repeated := [each for each in report.measurements if len(each.runs) > 1]:
-        spreads = [(max(each.runs) - min(each.runs)) / each.tokens_per_s for each in repeated]
+        spreads = [(max(each.runs) - min(each.runs)) / each.itl_ms for each in repeated]
         widest = repeated[spreads.index(max(spreads))]
-        apart = f"at most {max(spreads):.1%} apart ({widest.workload}, {widest.side} k={widest.k})"
+        apart = f"whose ITL is at most {max(spreads):.1%} apart ({widest.workload}, {widest.side} k={widest.k})"
         found.append(f"cached prompts: the middle of {len(widest.runs)} runs, {apart}")
     return found + [f"{what} failed: {why.splitlines()[0]}" for what, why in report.failures.items()]

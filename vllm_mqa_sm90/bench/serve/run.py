@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +18,15 @@ from vllm_mqa_sm90 import checkpoint, metrics, server
 from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.serve import clients, trace
 from vllm_mqa_sm90.bench.serve.report import PLUGIN, Job, Measurement, Profiled, Report, stem
+from vllm_mqa_sm90.bench.serve.steps import full_steps_ms
 from vllm_mqa_sm90.bench.serve.trace import Profile
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 from vllm_mqa_sm90.server import Server, ServerError, speculative_config
 
 # What decides how the plugin's steps run; the rest of the package measures and reports.
 _PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py", "support.py", "wrappers.py")
+# What --save-detailed adds: a figure or a text of each request, or of each message.
+_DETAILS = "start_times", "ttfts", "itls", "input_lens", "output_lens", "generated_texts", "errors", "server_queue_times", "server_ttfts"
 _PROFILED_STEPS = 24
 _STEPS_BEFORE_PROFILE = 16  # in which requests that run come to decode: of their :cached prompts little is left
 
@@ -158,8 +162,8 @@ class Run:
             self._fail(name, error)
 
     def _rehearse(self, job: Job, running: Server) -> None:
-        # Cached prompts have to be in the cache, and what runs where they are found there to be compiled.
-        for _ in range(2 if job.workload.cached else 1):
+        # Cached prompts have to be in the cache, unless nobody prefills, and what runs where they are found there to be compiled.
+        for _ in range(2 if job.workload.cached and not self._report.skips_prefill else 1):
             self._ask(job, running, rehearsal=True)
 
     def _find_out(self, job: Job, file: Path, running: Server) -> None:
@@ -192,7 +196,7 @@ class Run:
 
         self._ask(job, running, meanwhile=start_when_all_run)
         if not started:
-            raise ServerError(f"the profiler: expected {count} requests under way at once, found fewer; see --max-num-seqs")
+            raise ServerError(f"the profiler: {_fewer(count)}")
         running.command("/stop_profile")
         traces = sorted(file for file in set(folder.iterdir()) - earlier if ".pt.trace.json" in file.name)
         if not traces:
@@ -213,9 +217,9 @@ class Run:
         rehearsal: bool = False,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        """Runs vllm bench serve, with a call of `meanwhile` twice a second; the JSON that it wrote.
+        """Runs vllm bench serve, with a call of `meanwhile` twice a second; the JSON that it wrote, and `itl_ms`.
 
-        ServerError if it fails, or one of its requests.
+        ServerError if it fails, or one of its requests, or if cached prompts were never all under way.
         """
         log, found, prompts_file = (self._logs / f"{job.stem}.{suffix}" for suffix in ("log", "json", "jsonl"))
         if prompts := job.workload.prompts(rehearsal=rehearsal):
@@ -223,7 +227,7 @@ class Run:
         found.unlink(missing_ok=True)
         ignore_eos = self._report.acceptance is not None
         arguments = job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=ignore_eos)
-        arguments += ["--save-result", "--result-filename", str(found.resolve())]
+        arguments += ["--save-result", "--save-detailed", "--result-filename", str(found.resolve())]
         what = f"{job}, rehearsal" if rehearsal else str(job)
 
         def watch(line: str) -> None:
@@ -239,7 +243,13 @@ class Run:
                 f"vllm bench serve: {result['completed']} of {result['num_prompts']} requests were answered; "
                 f"see {log} and {self._logs / stem(job.server)}.log"
             )
-        return result
+        result["itl_ms"] = result["median_itl_ms"]
+        if job.workload.cached and not rehearsal:
+            steps = full_steps_ms(result, job.workload.concurrency)
+            if not steps:
+                raise ServerError(f"vllm bench serve: {_fewer(job.workload.concurrency)}")
+            result["itl_ms"] = statistics.median(steps)
+        return {name: value for name, value in result.items() if name not in _DETAILS}
 
     def _fail(self, what: str, error: Exception) -> None:
         why = str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
@@ -251,6 +261,11 @@ class Run:
         self._report.measurements = [each for each in self._results.values() if isinstance(each, Measurement)]
         self._report.profiles = [each for each in self._results.values() if isinstance(each, Profiled)]
         self._report.write(self._folder / "serve.json")
+
+
+def _fewer(concurrency: int) -> str:
+    longer = "give longer answers by --tokens, and see --max-num-seqs"
+    return f"expected {concurrency} requests under way at once, found fewer: {longer}"
 
 
 def depends_on(job: Job, report: Report) -> dict[str, Any]:

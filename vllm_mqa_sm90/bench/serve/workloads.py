@@ -24,8 +24,8 @@ _SHORT_PROMPTS = tuple(
 _SHORT_TOKENS, _LONG_TOKENS, DECODE_TOKENS = 64, 512, 2048
 
 _CONNECTOR = {"kv_connector": "RandomContexts", "kv_connector_module_path": "vllm_mqa_sm90.bench.serve.contexts"}
-# Of a server whose contexts nobody prefills.
-RANDOM_CONTEXTS = ("--kv-transfer-config", json.dumps({**_CONNECTOR, "kv_role": "kv_both"}))
+# Of a server whose contexts nobody prefills: what is left before decoding is to tokenize the prompts, which several threads do.
+RANDOM_CONTEXTS = ("--kv-transfer-config", json.dumps({**_CONNECTOR, "kv_role": "kv_both"}), "--renderer-num-workers", "8")
 
 
 @dataclass(frozen=True)
