@@ -26,7 +26,8 @@ from vllm_mqa_sm90.server import Server, ServerError, speculative_config
 # What decides how the plugin's steps run; the rest of the package measures and reports.
 _PLUGIN_FILES = ("_C.abi3.so", "backend.py", "ops.py", "plugin.py", "seams.py", "sizes.py", "support.py", "wrappers.py")
 # What --save-detailed adds: a figure or a text of each request, or of each message.
-_DETAILS = "start_times", "ttfts", "itls", "input_lens", "output_lens", "generated_texts", "errors", "server_queue_times", "server_ttfts"
+_DETAILS = ("start_times", "ttfts", "itls", "input_lens", "output_lens", "generated_texts", "errors")
+_DETAILS += ("server_queue_times", "server_ttfts")  # of vLLM 0.33
 _PROFILED_STEPS = 24
 _STEPS_BEFORE_PROFILE = 16  # in which requests that run come to decode: of their :cached prompts little is left
 
