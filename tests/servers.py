@@ -31,11 +31,11 @@ def environment_of(scratch: Path, mode: str) -> dict[str, str]:
     )
 
 
-def start(scratch: Path, name: str, model: str, mode: str, *arguments: str) -> Server:
-    """A server of `scratch`/`model`."""
+def start(scratch: Path, name: str, model: str, mode: str, *arguments: str, timeout: float = REQUEST_SECONDS) -> Server:
+    """A server of `scratch`/`model`; `timeout`: seconds without a word after which a request fails."""
     port = free_port()
     command, env = vllm_serve(scratch / model, port, *arguments), environment_of(scratch, mode)
-    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=REQUEST_SECONDS)
+    return Server(command, port, scratch / f"{name}.log", env, grace=0, timeout=timeout)
 
 
 def wait_ready(running: Iterable[Server], seconds: float) -> None:
