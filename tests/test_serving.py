@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,18 +204,21 @@ def test_agreement_notices() -> None:
     assert math.isnan(broken.difference)
 
 
-@pytest.mark.parametrize("k", [0, 99, 501])
+@pytest.mark.parametrize(("k", "shortest"), [(0, 98), (99, 98), (501, 98), (0, 62), (0, 1)])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("error", [0.0, 0.01])
-def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: float, ragged: bool, k: int) -> None:
+def test_logits_are_compared_row_by_row(
+    monkeypatch: pytest.MonkeyPatch, error: float, ragged: bool, k: int, shortest: int
+) -> None:
     """Ours and theirs are the reference here; theirs gets a request for each row. Where no row of a request has more than k tokens
-    there are none of ours."""
+    there are none of ours. Of a row of few tokens an error counts over the sum of its parts' magnitudes."""
+    last = shortest + 2
     if ragged:
-        step = steps.random_ragged_step([[2200, 2201, 2202], [], [500, 501], [100]], by="query_start_loc", padding=3)
+        step = steps.random_ragged_step([[2200, 2201, 2202], [], [500, 501], [last]], by="query_start_loc", padding=3)
         step.context_lens[-3:] = 0
         plan = step.plan(num_sms=132)
     else:
-        step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [98, 99, 100]])
+        step = steps.random_step([[2200, 2201, 2202], [0, 0, 0], [shortest, shortest + 1, last]])
         plan = torch.zeros(ops.plan_shape(132), dtype=torch.int32)
     monkeypatch.setattr(wrappers, "steps", wrappers.Steps(selection=seams.Selection(k, left_out=k)))
     lens = step.context_lens.view(-1, 1) if ragged else step.context_lens
@@ -250,6 +254,11 @@ def test_logits_are_compared_row_by_row(monkeypatch: pytest.MonkeyPatch, error: 
     name = "ragged" if ragged else "3"
     below = {} if k > 99 else {f"{name}/below": 3}
     assert {key: rows["rows"] for key, rows in found.items()} == {f"{name}/above": 3} | below
+    if last <= comparing_worker.FEW:
+        magnitudes = replace(step, weights=step.weights.abs()).reference()
+        row = lens.flatten().nonzero()[-1]
+        error *= float(step.reference()[row, :last].norm() / magnitudes[row, :last].norm())
+        assert error < 0.009 or not error
     assert all(found[key]["difference"] == pytest.approx(error, abs=TOLERANCE) for key in below)
     assert found[f"{name}/above"]["difference"] <= TOLERANCE
 
