@@ -207,13 +207,16 @@ def test_replay_us(monkeypatch: pytest.MonkeyPatch) -> None:
         def replay(self) -> None:
             clock[0] += replay_ms[len(recorded)]
 
+    class Stream:
+        def synchronize(self) -> None: ...
+
     class Context:
         def __init__(self, *_: object, **__: object) -> None: ...
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
     for name, stand_in in {
-        "Stream": object, "Event": Event, "CUDAGraph": Graph, "stream": Context, "graph": Context,
+        "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "stream": Context, "graph": Context,
         "synchronize": lambda: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stand_in)

@@ -11,12 +11,10 @@ fastest of its kernels that take the step and select rightly, be it the one that
 
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ import vllm_mqa_sm90
 from vllm_mqa_sm90 import machine, reference, stopping
 from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.bench.kernel import Shape, vllm_kernels
+from vllm_mqa_sm90.bench.kernel.replay import Replayed
 from vllm_mqa_sm90.bench.kernel.report import FLATTENED, NAMES, NATIVE, OURS, STEP, STEP_VLLM_TOPK, STOCK_STEP
 from vllm_mqa_sm90.bench.kernel.report import LeftOut, Report, Row, notes, one_line, step_table, table
 from vllm_mqa_sm90.bench.kernel.step import Step, floor_bytes, make_step
@@ -242,30 +241,10 @@ def _gpu() -> dict[str, Any]:
 
 
 def replay_us(calls: Sequence[Callable[[], object]], replays: int) -> float:
-    """Microseconds that one of `calls` takes on the GPU, back to back with the others.
-
-    The median over replays of one CUDA graph of them all. The replays are queued at once, so the
-    GPU does not wait for the host between them. Before, each call runs once (what a library
-    compiles or allocates at first use is done then), and the GPU rests half a second.
-    """
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
-        time.sleep(_REST_S)
-        ends = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-        for end in ends:  # the first replay only warms up
-            graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-    milliseconds = statistics.median(start.elapsed_time(end) for start, end in pairwise(ends))
-    return milliseconds * 1e3 / len(calls)
+    """Microseconds that one of `calls` takes on the GPU: `Replayed.us`, after the GPU has rested half a second."""
+    replayed = Replayed(calls, replays)
+    time.sleep(_REST_S)
+    return replayed.us()
 
 
 def read_bandwidth(replays: int) -> float:
