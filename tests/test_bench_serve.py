@@ -439,11 +439,12 @@ def test_requests_that_never_run_at_once(world: World, monkeypatch: pytest.Monke
 
 
 def test_contexts_that_nobody_prefills(world: World) -> None:
-    status, content = world.run("--side", "stock", "-k", "0", "--quick", "--skip-prefill", "--", "--max-num-seqs", "8")
+    asked = "--workload", "4x1024:cached", "--workload", "2x8192:cached"
+    status, content = world.run("--side", "stock", "-k", "0", *asked, "--skip-prefill", "--", "--max-num-seqs", "8")
     assert status == 0
     assert content["vllm_arguments"] == [*workloads.RANDOM_CONTEXTS, "--max-num-seqs", "8"]
     answers = re.findall(r"tokens=(\d+)", world.log.read_text())
-    assert answers == ["64", *["2048"] * 3]  # one rehearsal: there is nothing to be brought to the prefix cache
+    assert answers == ["64", *["2048"] * 6]  # one rehearsal: there is nothing to be brought to the prefix cache
 
 
 def test_what_is_measured_is_rehearsed(world: World) -> None:

@@ -125,7 +125,7 @@ class Run:
         try:
             if run >= 0:
                 self._find_out(job, self._files(job)[run], running[name])
-            elif cached.get(name) != job.workload:
+            elif cached.get(name) != job.workload and not (self._report.skips_prefill and name in cached):
                 self._rehearse(job, running[name])
                 cached[name] = job.workload
         except Exception as error:  # whatever it is, the others are still worth measuring
@@ -163,7 +163,8 @@ class Run:
             self._fail(name, error)
 
     def _rehearse(self, job: Job, running: Server) -> None:
-        # Cached prompts have to be in the cache, unless nobody prefills, and what runs where they are found there to be compiled.
+        # Cached prompts have to be in the cache, and what runs where they are found there to be compiled: where nobody
+        # prefills, only this, once a server.
         for _ in range(2 if job.workload.cached and not self._report.skips_prefill else 1):
             self._ask(job, running, rehearsal=True)
 
