@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for `vllm serve MODEL` and `vllm bench serve`, with their arguments and without a model.
+"""Stands in for `vllm serve MODEL`, `vllm bench serve` and what draws its prompts, with their arguments and without a model.
 
 The server of k speculative tokens gets position p of 200 drafts accepted 160 - 40 p times a request, or not at all,
 on each of two engines. It runs as many requests at once as its client says, or --max-num-seqs lets it.
@@ -8,8 +8,8 @@ The client says 100 (k + 1) tok/s, and 10 more with MQA_SM90=require; its reques
 a step takes 13 ms until all run, then 12.
 
 Environment: FAKE_LOG, a file that gets a line for each process; FAKE_TROUBLE, "WHAT: PATTERN" makes what has
-PATTERN in its line fail to start (`start`), fail (`fail`), leave a request out (`lose`), hang (`hang`), take the
-server with it (`kill`), answer one request after the other (`one`), or write no trace (`untraced`).
+PATTERN in its line fail to start (`start`), fail (`fail`), draw no prompts (`undrawn`), leave a request out (`lose`),
+hang (`hang`), take the server with it (`kill`), answer one request after the other (`one`), or write no trace (`untraced`).
 """
 
 import argparse
@@ -140,11 +140,19 @@ def serve(words: list[str]) -> None:
     ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
 
 
+def random_prompts(model: str, seed: int, requests: int, tokens: int) -> list[str]:
+    line = f"draw {requests}x{tokens}"
+    note(line)
+    if trouble("undrawn", line):
+        raise OSError(f"{model} has no tokenizer")
+    return [f"{tokens} tokens of seed {seed}"] * requests
+
+
 def bench(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--model", "--host", "--result-filename", "--dataset-name", "--dataset-path", "--random-input-len"):
+    for name in ("--model", "--host", "--result-filename", "--dataset-name", "--dataset-path"):
         parser.add_argument(name)
-    for name in ("--port", "--num-prompts", "--max-concurrency", "--seed", "--random-output-len"):
+    for name in ("--port", "--num-prompts", "--max-concurrency", "--custom-output-len"):
         parser.add_argument(name, type=int)
     args, _ = parser.parse_known_args(words)
 
@@ -153,9 +161,12 @@ def bench(words: list[str]) -> None:
         return urllib.request.urlopen(f"http://127.0.0.1:{args.port}{path}", data).read().decode()
 
     k = int(call("/k"))
-    what = args.random_input_len or Path(args.dataset_path).read_text().count("\n")
+    prompts = [json.loads(line)["prompt"] for line in Path(args.dataset_path).read_text().splitlines()]
+    assert len(prompts) == args.num_prompts
+    random = re.fullmatch(r"(\d+) tokens of seed (\d+)", prompts[0])
+    what, seed = random.groups() if random else (len(prompts), None)
     line = f"bench {os.environ['MQA_SM90']} k={k} {args.max_concurrency}x{what} n={args.num_prompts}"
-    note(f"{line} seed={args.seed} tokens={args.random_output_len}")
+    note(f"{line} seed={seed} tokens={args.custom_output_len}")
     if trouble("hang", line):
         time.sleep(600)
     if trouble("fail", line):

