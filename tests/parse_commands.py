@@ -13,6 +13,7 @@ from pathlib import Path
 import load_on_meta
 import vllm.platforms
 
+from vllm_mqa_sm90.bench.serve import clients
 from vllm_mqa_sm90.bench.serve.workloads import Workload
 
 PARALLEL = "tensor", "data", "decode_context"
@@ -30,8 +31,7 @@ def main() -> None:
     for words in json.load(sys.stdin):
         if words[0] == "draw":
             _, file, model, workload = words
-            prompts = Workload.parse(workload).prompts(model, rehearsal=False)()
-            Path(file).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+            clients.write_prompts(Path(file), Workload.parse(workload).prompts(model, rehearsal=False))
             found.append(None)
             continue
         sys.argv[1:] = words  # where `bench` looks for its name

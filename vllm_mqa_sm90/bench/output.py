@@ -19,6 +19,13 @@ NEEDS_SM90 = "needs a GPU of compute capability 9.0 (H100, H200, GH200)"
 _DAY = 24 * 3600.0
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file is there with all of the text or, when this is killed meanwhile, not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def directory(text: str) -> Path:
     """A folder to write to, for argparse."""
     path = Path(text)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from vllm_mqa_sm90.bench import output
 from vllm_mqa_sm90.server import CLI, Process
 
 # What a run imports, in vLLM 0.26 and 0.33; what another release does not have is passed over.
@@ -24,13 +25,18 @@ _FORKS = multiprocessing.get_context("forkserver")
 
 
 def start(arguments: Sequence[str], log: Path, env: Mapping[str, str], prompts: Path, draw: Callable[[], list[str]]) -> Process:
-    """A run of the command `vllm` with these arguments, which says all to `log`; first it draws the prompts, and writes them
-    for the client's `--dataset-name custom`, where their file is not there yet."""
+    """A run of the command `vllm` with these arguments, which says all to `log`; write_prompts(prompts, draw) goes before."""
     log.write_bytes(b"")  # there to be read before the run writes
     _FORKS.set_forkserver_preload(IMPORTED)
     process = _FORKS.Process(target=_run, args=(CLI, list(arguments), log, dict(env), prompts, draw))
     process.start()
     return Process(_Fork(process), log)
+
+
+def write_prompts(prompts: Path, draw: Callable[[], list[str]]) -> None:
+    """For the client's `--dataset-name custom`; where the file is there, nothing is drawn."""
+    if not prompts.exists():
+        output.write_whole(prompts, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in draw()))
 
 
 class _Fork:
@@ -55,14 +61,11 @@ class _Fork:
 
 def _run(cli: str, arguments: list[str], log: Path, env: dict[str, str], prompts: Path, draw: Callable[[], list[str]]) -> None:
     os.setsid()  # a group of its own, that is stopped as whole
-    with log.open("ab") as output:
+    with log.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(output.fileno(), stream.fileno())
+            os.dup2(file.fileno(), stream.fileno())
     os.environ.clear()
     os.environ.update(env)
-    if not prompts.exists():
-        partial = prompts.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in draw()))
-        partial.replace(prompts)
+    write_prompts(prompts, draw)
     sys.argv = ["vllm", *arguments]
     importlib.import_module(cli).main()

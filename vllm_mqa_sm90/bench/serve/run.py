@@ -174,9 +174,7 @@ class Run:
         """Keeps what is found in the file; where there is one, nothing is asked."""
         if self._fresh or not file.exists():
             found = self._profile(job, running) if job.profiled else self._ask(job, running)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-            partial.replace(file)  # whole or, when killed meanwhile, not at all
+            output.write_whole(file, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
     def _environment(self, side: str) -> dict[str, str]:
         # Each side has caches of its own: what one compiled cannot reach the other.
@@ -228,8 +226,7 @@ class Run:
         log, found = (self._logs / f"{job.stem}.{suffix}" for suffix in ("log", "json"))
         found.unlink(missing_ok=True)
         # One file for all runs with the same prompts: to draw long ones takes longer than many a run.
-        others = "-rehearsal" if rehearsal and not job.workload.cached else ""
-        prompts = self._logs / f"{stem(str(job.workload))}{others}.jsonl"
+        prompts = self._logs / f"{stem(str(job.workload))}{'-rehearsal' if job.workload.apart(rehearsal) else ''}.jsonl"
         draw, ignore_eos = job.workload.prompts(self._report.model, rehearsal=rehearsal), self._report.acceptance is not None
         arguments = job.workload.arguments(prompts, rehearsal=rehearsal, ignore_eos=ignore_eos)
         arguments += ["--save-result", "--save-detailed", "--result-filename", str(found.resolve())]

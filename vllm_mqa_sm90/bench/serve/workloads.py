@@ -92,18 +92,23 @@ class Workload:
             return None
         return f"workload {self} needs {' and '.join(needed).replace('_', '-')}: pip install 'vllm-mqa-sm90[bench]'"
 
+    def apart(self, rehearsal: bool) -> bool:
+        """Whether a run has other prompts than the measured ones, as many as run at once: a rehearsal of what is not cached."""
+        return rehearsal and not self.cached
+
     def asked(self, *, rehearsal: bool) -> int:
-        """Requests of a run. A rehearsal has prompts other than the measured ones, for a cached workload just these."""
-        return self.concurrency if rehearsal and not self.cached else self.requests
+        """Requests of a run."""
+        return self.concurrency if self.apart(rehearsal) else self.requests
 
     def prompts(self, model: str, *, rehearsal: bool) -> Callable[[], list[str]]:
         """What gives the prompts of a run. For random ones it imports vLLM."""
+        apart, count = self.apart(rehearsal), self.asked(rehearsal=rehearsal)
         if self.random:
             # The seed is the workload's own: no other one leaves its prompts in the prefix cache.
-            seed = 2 * (zlib.crc32(str(self).encode()) % 2**24) + (rehearsal and not self.cached)
-            return partial(random_prompts, model, seed, self.asked(rehearsal=rehearsal), self.content)
+            seed = 2 * (zlib.crc32(str(self).encode()) % 2**24) + apart
+            return partial(random_prompts, model, seed, count, self.content)
         prompts = list(_SHORT_PROMPTS) if self.content == SHORT else human_eval()
-        return partial(list, prompts[-self.concurrency :] if rehearsal else prompts[: self.requests])
+        return partial(list, prompts[-count:] if apart else prompts[:count])
 
     def arguments(self, prompts: Path, *, rehearsal: bool, ignore_eos: bool) -> list[str]:
         """Arguments of `vllm bench serve`.
